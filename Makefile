@@ -1,0 +1,31 @@
+# Each target sets itself up in .venv on a fresh machine. TORCH= another version or an index of your own choice.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test fuzz lint bench clean
+demo: .venv/ready
+	$(BIN)/python examples/demo.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not fuzz"
+
+fuzz: .venv/ready
+	$(BIN)/python -m pytest -m fuzz
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/ready
+	$(BIN)/python -m fp4pass bench
+
+# torch first and by itself: with a CPU build in place nothing later pulls the CUDA packages in.
+.venv/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
