@@ -1,0 +1,164 @@
+"""The ops ``torch.ops.fp4pass.*``: schemas, fake functions, implementations by device, gradients.
+
+========================  ======================================================================
+``linear``                ``x @ weight.T + bias``; x ``[..., K]`` -> ``[..., N]``
+``linear_backward``       ``grad @ weight``; grad ``[..., N]`` -> ``[..., K]``
+``gathered_linear``       one expert a row by its id; x ``[S, K]`` -> ``[S, N]``
+``grouped_linear``        rows sorted by expert, with cumulative ends; x ``[S, K]`` -> ``[S, N]``
+``experts``               up product, activation, down product, routing weights, sum; ``[T, O]``
+========================  ======================================================================
+
+A weight is ``e2m1(codes) * e4m3(scale) * global_scale``: codes uint8 ``[..., N, K/2]`` in ``layout``, scale uint8
+``[..., N, K/16]`` (the bytes of E4M3), global_scale float32 ``[]``, ``[1]`` or one an expert, or None. Activations are
+bfloat16, float16 or float32; the result has their dtype. Every op raises ArgumentError for operands that do not fit.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fp4pass.errors import GradientError, VersionError
+
+from . import checks, reference
+
+NAMESPACE = "fp4pass"
+
+_SCHEMAS = {
+    "linear": "(Tensor x, Tensor codes, Tensor scale, Tensor? global_scale, Tensor? bias, str layout) -> Tensor",
+    "linear_backward": "(Tensor grad, Tensor codes, Tensor scale, Tensor? global_scale, str layout) -> Tensor",
+    "gathered_linear": (
+        "(Tensor x, Tensor codes, Tensor scale, Tensor? global_scale, Tensor ids, str layout) -> Tensor"
+    ),
+    "grouped_linear": (
+        "(Tensor x, Tensor codes, Tensor scale, Tensor? global_scale, Tensor offsets, str layout) -> Tensor"
+    ),
+    "experts": (
+        "(Tensor x, Tensor ids, Tensor weights, Tensor up_codes, Tensor up_scale, Tensor? up_global,"
+        " Tensor down_codes, Tensor down_scale, Tensor? down_global, str activation, str layout) -> Tensor"
+    ),
+}
+OPS = tuple(_SCHEMAS)
+"""Names of the ops in the namespace ``fp4pass``."""
+
+
+def _check(op: str, args: tuple[Any, ...]) -> None:
+    if op == "experts":
+        x, ids, weights, *rest, activation, layout = args
+        checks.check_experts(op, x, ids, weights, tuple(rest[:3]), tuple(rest[3:]), activation, layout)
+        return
+    check = {
+        "linear": checks.check_linear,
+        "linear_backward": checks.check_linear_backward,
+        "gathered_linear": checks.check_gathered,
+        "grouped_linear": checks.check_grouped,
+    }[op]
+    check(op, *args)
+
+
+def _fake(op: str, args: tuple[Any, ...]) -> torch.Tensor:
+    _check(op, args)
+    x = args[0]
+    columns = {
+        "linear": lambda: args[1].shape[0],
+        "linear_backward": lambda: args[1].shape[1] * 2,
+        "gathered_linear": lambda: args[1].shape[1],
+        "grouped_linear": lambda: args[1].shape[1],
+        "experts": lambda: args[6].shape[1],
+    }[op]()
+    return x.new_empty((*x.shape[:-1], columns))
+
+
+def _on_cpu(op: str, args: tuple[Any, ...]) -> torch.Tensor:
+    _check(op, args)
+    return getattr(reference, op)(*args)
+
+
+def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
+    _check(op, args)
+    launch = getattr(_kernels(op), op)
+    with torch.cuda.device_of(args[0]):
+        return launch(*args)
+
+
+def _kernels(op: str) -> ModuleType:
+    # Triton is imported on the first call that needs it: everything else works without.
+    try:
+        from . import linear, moe
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise VersionError(
+            f"fp4pass::{op}: Triton is missing",
+            seen="the operands are on a GPU and `import triton` fails",
+            expected="Triton 3.6 or later, which CUDA builds of torch bring along",
+            do="pip install triton, or move the model to the CPU",
+        ) from error
+    return linear if op.startswith("linear") else moe
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, codes, scale, global_scale = inputs[:4]
+    ctx.save_for_backward(codes, scale, global_scale)
+    ctx.layout = inputs[-1]
+
+
+def _linear_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    _refuse_global_gradient("linear", ctx.needs_input_grad[3])
+    codes, scale, global_scale = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = torch.ops.fp4pass.linear_backward(grad, codes, scale, global_scale, ctx.layout)
+    if ctx.needs_input_grad[4]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return to_x, None, None, None, to_bias, None
+
+
+def _linear_backward_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    _refuse_global_gradient("linear_backward", ctx.needs_input_grad[3])
+    codes, scale, global_scale = ctx.saved_tensors
+    to_grad = torch.ops.fp4pass.linear(grad, codes, scale, global_scale, None, ctx.layout)
+    return to_grad, None, None, None, None
+
+
+def _refuse_global_gradient(op: str, needed: bool) -> None:
+    if needed:
+        raise GradientError(
+            f"fp4pass::{op}: no gradient is given to the global scale",
+            seen="a global_scale with requires_grad=True",
+            expected="a quantized weight that is not trained: its gradient would need the dequantized weight",
+            do="call global_scale.requires_grad_(False)",
+        )
+
+
+def _refuse_gradient(op: str) -> None:
+    raise GradientError(
+        f"fp4pass::{op}: products of experts have no backward",
+        seen="gradients enabled and an operand with requires_grad=True",
+        expected="inference",
+        do="run the model under torch.no_grad() or torch.inference_mode()",
+    )
+
+
+def _register(op: str) -> None:
+    name = f"{NAMESPACE}::{op}"
+    torch.library.define(name, _SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CPU", lambda *args: _on_cpu(op, args))
+    torch.library.impl(name, "CUDA", lambda *args: _on_cuda(op, args))
+    torch.library.register_fake(name, lambda *args: _fake(op, args))
+    if op == "linear":
+        torch.library.register_autograd(name, _linear_gradients, setup_context=_save_weight)
+    elif op == "linear_backward":
+        torch.library.register_autograd(name, _linear_backward_gradients, setup_context=_save_weight)
+    else:
+        torch.library.register_autograd(
+            name, lambda ctx, grad: _refuse_gradient(op), setup_context=lambda ctx, inputs, output: _refuse_gradient(op)
+        )
+
+
+for _op in OPS:
+    # The registry outlives this module: reloading it must not define the ops a second time.
+    if not hasattr(torch.ops.fp4pass, _op):
+        _register(_op)
