@@ -1,0 +1,231 @@
+"""Every tensor of a Nemotron-H NVFP4 release, the precision of each layer, and the quantization config.
+
+At full size the lists equal the releases' own: 24,147 tensors for 3 Nano, 165,860 for 3 Super.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .releases import Release, Sizes
+
+NVFP4, W4A16_NVFP4, FP8 = "NVFP4", "W4A16_NVFP4", "FP8"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint: dtype as safetensors spells it, ``role`` says which numbers belong in it.
+
+    ``fan_in`` is the K of the product that the tensor serves (1 where there is none).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+    fan_in: int = 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer [n, k]; ``kind`` is e.g. in_proj, expert or shared_up, ``layer`` is -1 outside the blocks."""
+
+    name: str
+    n: int
+    k: int
+    kind: str
+    layer: int
+
+
+Precision = Callable[[Sizes, Product], "str | None"]
+"""Says the quant_algo of a product, None for BF16."""
+
+
+def _nano(sizes: Sizes, product: Product) -> str | None:
+    if product.kind in ("in_proj", "out_proj"):
+        # The release leaves the Mamba layer in front of each attention layer in BF16.
+        return None if sizes.pattern[product.layer + 1 : product.layer + 2] == "*" else NVFP4
+    return NVFP4 if product.kind in ("expert", "shared_up", "shared_down") else None
+
+
+def _lightning(sizes: Sizes, product: Product) -> str | None:
+    if product.kind in ("in_proj", "out_proj"):
+        return FP8
+    return W4A16_NVFP4 if product.kind in ("expert", "shared_up", "shared_down", "lm_head") else None
+
+
+# 3 Super's precisions come from a search over layers. Which Mamba layers got FP8 is not published, only how many.
+_SUPER_EXCEPTIONS = {
+    ("shared_down", 1): NVFP4,
+    ("shared_up", 41): None,
+    ("shared_down", 8): None,
+    ("shared_down", 76): None,
+    **{("o_proj", layer): FP8 for layer in (69, 78)},
+    **{("fc1_latent_proj", layer): FP8 for layer in (1, 3, 5)},
+    ("fc2_latent_proj", 3): FP8,
+}
+_SUPER_FP8_MAMBAS = {"in_proj": 28, "out_proj": 29}
+
+
+def _super(sizes: Sizes, product: Product) -> str | None:
+    if (product.kind, product.layer) in _SUPER_EXCEPTIONS:
+        return _SUPER_EXCEPTIONS[product.kind, product.layer]
+    if product.kind in _SUPER_FP8_MAMBAS:
+        mambas_before = sizes.pattern[: product.layer].count("M")
+        return FP8 if mambas_before < _SUPER_FP8_MAMBAS[product.kind] else None
+    return {"expert": NVFP4, "shared_up": FP8, "shared_down": FP8}.get(product.kind)
+
+
+def _ultra(sizes: Sizes, product: Product) -> str | None:
+    fp8 = ("in_proj", "out_proj", "shared_up", "shared_down")
+    return NVFP4 if product.kind == "expert" else FP8 if product.kind in fp8 else None
+
+
+PRECISION: dict[str, Precision] = {"nano": _nano, "lightning": _lightning, "super": _super, "ultra": _ultra}
+"""For each release the precision of its layers; MTP layers are BF16 everywhere."""
+
+
+def products(sizes: Sizes) -> Iterator[Product]:
+    """Every linear layer of the model proper, in file order."""
+    for layer, kind in enumerate(sizes.pattern):
+        yield from _mixer_products(sizes, f"backbone.layers.{layer}.mixer", kind, layer)
+    yield Product("lm_head", sizes.vocab, sizes.hidden, "lm_head", -1)
+
+
+def tensors(like: str, sizes: Sizes) -> Iterator[TensorSpec]:
+    """Every tensor of release ``like`` at ``sizes``, in file order, without any data."""
+    precision = PRECISION[like]
+    yield TensorSpec("backbone.embeddings.weight", "BF16", (sizes.vocab, sizes.hidden), "embedding")
+    for layer, kind in enumerate(sizes.pattern):
+        prefix = f"backbone.layers.{layer}"
+        yield TensorSpec(f"{prefix}.norm.weight", "BF16", (sizes.hidden,), "norm")
+        yield from _mixer_extras(sizes, f"{prefix}.mixer", kind, _gate_dtype(like))
+        for product in _mixer_products(sizes, f"{prefix}.mixer", kind, layer):
+            yield from _product_tensors(product, precision(sizes, product))
+        if kind == "*" and like != "nano":
+            for name in ("k_proj.k_scale", "v_proj.v_scale"):
+                yield TensorSpec(f"{prefix}.mixer.{name}", "F32", (), "input_scale")
+    yield TensorSpec("backbone.norm_f.weight", "BF16", (sizes.hidden,), "norm")
+    head = Product("lm_head", sizes.vocab, sizes.hidden, "lm_head", -1)
+    yield from _product_tensors(head, precision(sizes, head))
+    yield from _mtp_tensors(like, sizes)
+
+
+def quantization(like: str, made: Release, sizes: Sizes) -> dict[str, Any]:
+    """The content of hf_quant_config.json for release ``like``."""
+    algos = {product.name: PRECISION[like](sizes, product) for product in products(sizes)}
+    content: dict[str, Any] = {"quant_algo": "NVFP4" if like == "nano" else "MIXED_PRECISION"}
+    content["kv_cache_quant_algo"] = "FP8"
+    unquantized = [name for name, algo in algos.items() if algo is None]
+    convolutions = [f"backbone.layers.{i}.mixer.conv1d" for i, kind in enumerate(sizes.pattern) if kind == "M"]
+    if like == "nano":
+        content |= {"group_size": 16, "exclude_modules": unquantized + convolutions}
+    else:
+        content["quantized_layers"] = {name: _layer_entry(algo) for name, algo in sorted(algos.items()) if algo}
+    if like == "lightning":
+        gates = [f"backbone.layers.{i}.mixer.gate" for i, kind in enumerate(sizes.pattern) if kind == "E"]
+        content["exclude_modules"] = [*sorted(["backbone.embeddings", *unquantized, *convolutions, *gates]), "mtp*"]
+    return {"producer": {"name": "modelopt", "version": made.producer}, "quantization": content}
+
+
+def quantization_config(hf_quant_config: dict[str, Any]) -> dict[str, Any]:
+    """The same facts as they stand in config.json under ``quantization_config``."""
+    content = hf_quant_config["quantization"]
+    groups: dict[str, list[str]] = {}
+    for name, entry in content.get("quantized_layers", {}).items():
+        groups.setdefault(entry["quant_algo"], []).append(name)
+    if not groups:
+        groups = {content["quant_algo"]: ["Linear"]}
+    return {
+        "config_groups": {f"group_{i}": _group(algo, names) for i, (algo, names) in enumerate(groups.items())},
+        "ignore": content.get("exclude_modules", []),
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "producer": hf_quant_config["producer"],
+        "quant_algo": content["quant_algo"],
+        "quant_method": "modelopt",
+    } | {name: content[name] for name in ("quantized_layers", "group_size") if name in content}
+
+
+def _layer_entry(algo: str) -> dict[str, Any]:
+    return {"quant_algo": algo} if algo == FP8 else {"quant_algo": algo, "group_size": 16}
+
+
+def _group(algo: str, targets: list[str]) -> dict[str, Any]:
+    eight_bits = {"dynamic": False, "num_bits": 8, "type": "float"}
+    four_bits = {"dynamic": False, "group_size": 16, "num_bits": 4, "type": "float"}
+    weights = eight_bits if algo == FP8 else four_bits
+    group: dict[str, Any] = {"weights": weights, "targets": targets}
+    return group if algo == W4A16_NVFP4 else {"input_activations": weights} | group
+
+
+def _mixer_products(sizes: Sizes, mixer: str, kind: str, layer: int) -> Iterator[Product]:
+    hidden, inner, q, kv = sizes.hidden, sizes.inner, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    width = sizes.latent or hidden
+    if kind == "M":
+        in_width = inner + sizes.conv_channels + sizes.mamba_heads
+        shapes = {"in_proj": (in_width, hidden), "out_proj": (hidden, inner)}
+    elif kind == "*":
+        shapes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    else:
+        shapes = {"fc1_latent_proj": (width, hidden), "fc2_latent_proj": (hidden, width)} if sizes.latent else {}
+        for expert in range(sizes.experts):
+            yield Product(f"{mixer}.experts.{expert}.up_proj", sizes.intermediate, width, "expert", layer)
+            yield Product(f"{mixer}.experts.{expert}.down_proj", width, sizes.intermediate, "expert", layer)
+        yield Product(f"{mixer}.shared_experts.up_proj", sizes.shared, hidden, "shared_up", layer)
+        yield Product(f"{mixer}.shared_experts.down_proj", hidden, sizes.shared, "shared_down", layer)
+    for name, (n, k) in shapes.items():
+        yield Product(f"{mixer}.{name}", n, k, name, layer)
+
+
+def _mixer_extras(sizes: Sizes, mixer: str, kind: str, gate_dtype: str) -> Iterator[TensorSpec]:
+    """What a mixer has beside its products: convolution, norm and state parameters, or the router."""
+    if kind == "M":
+        heads, channels = (sizes.mamba_heads,), sizes.conv_channels
+        yield TensorSpec(f"{mixer}.A_log", "BF16", heads, "A_log")
+        yield TensorSpec(f"{mixer}.D", "BF16", heads, "norm")
+        yield TensorSpec(f"{mixer}.dt_bias", "BF16", heads, "dt_bias")
+        yield TensorSpec(f"{mixer}.conv1d.weight", "BF16", (channels, 1, 4), "matrix", 4)
+        yield TensorSpec(f"{mixer}.conv1d.bias", "BF16", (channels,), "bias")
+        yield TensorSpec(f"{mixer}.norm.weight", "BF16", (sizes.inner,), "norm")
+    elif kind == "E":
+        yield TensorSpec(f"{mixer}.gate.weight", gate_dtype, (sizes.experts, sizes.hidden), "matrix", sizes.hidden)
+        yield TensorSpec(f"{mixer}.gate.e_score_correction_bias", "F32", (sizes.experts,), "bias")
+
+
+def _gate_dtype(like: str) -> str:
+    return "F32" if like == "nano" else "BF16"
+
+
+def _product_tensors(product: Product, algo: str | None) -> Iterator[TensorSpec]:
+    name, n, k = product.name, product.n, product.k
+    if algo in (NVFP4, W4A16_NVFP4):
+        yield TensorSpec(f"{name}.weight", "U8", (n, k // 2), "codes", k)
+        yield TensorSpec(f"{name}.weight_scale", "F8_E4M3", (n, k // 16), "block_scale", k)
+        yield TensorSpec(f"{name}.weight_scale_2", "F32", (), "global_scale", k)
+    elif algo == FP8:
+        yield TensorSpec(f"{name}.weight", "F8_E4M3", (n, k), "fp8", k)
+        yield TensorSpec(f"{name}.weight_scale", "F32", (), "fp8_scale", k)
+    else:
+        role = "head" if product.kind == "lm_head" else "matrix"
+        yield TensorSpec(f"{name}.weight", "BF16", (n, k), role, k)
+    if algo in (NVFP4, FP8):
+        yield TensorSpec(f"{name}.input_scale", "F32", (), "input_scale")
+
+
+def _mtp_tensors(like: str, sizes: Sizes) -> Iterator[TensorSpec]:
+    """The multi-token-prediction layers, BF16; transformers' Nemotron-H does not load them."""
+    hidden = sizes.hidden
+    for layer, kind in enumerate(sizes.mtp):
+        prefix = f"mtp.layers.{layer}"
+        if layer == 0:
+            yield TensorSpec(f"{prefix}.enorm.weight", "BF16", (hidden,), "norm")
+            yield TensorSpec(f"{prefix}.hnorm.weight", "BF16", (hidden,), "norm")
+            yield TensorSpec(f"{prefix}.eh_proj.weight", "BF16", (hidden, 2 * hidden), "matrix", 2 * hidden)
+        yield TensorSpec(f"{prefix}.norm.weight", "BF16", (hidden,), "norm")
+        yield from _mixer_extras(sizes, f"{prefix}.mixer", kind, _gate_dtype(like))
+        for product in _mixer_products(sizes, f"{prefix}.mixer", kind, layer):
+            yield from _product_tensors(product, None)
+        if layer == len(sizes.mtp) - 1:
+            yield TensorSpec(f"{prefix}.final_layernorm.weight", "BF16", (hidden,), "norm")

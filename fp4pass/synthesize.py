@@ -1,0 +1,168 @@
+"""Write a checkpoint with random weights in the layout of a published Nemotron-H NVFP4 release, at any size.
+
+Names, dtypes, config files, shards and the precision of every layer are the release's; the numbers are drawn so that
+activations keep their size from layer to layer and greedy decoding has clear winners. Each tensor is seeded by its own
+name, so that it does not depend on the tensors before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from fp4pass.checkpoint import releases
+from fp4pass.checkpoint.tensors import TensorSpec, quantization, quantization_config, tensors
+from fp4pass.checkpoint.tokenizer import SPECIAL_TOKENS, tokenizer_files
+from fp4pass.errors import OptionError
+
+_BYTES = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}
+
+# Block scales are E4M3 bytes from 32 up to 448. One in 64 is a subnormal: real checkpoints have them, readers forget.
+_SCALE_BYTES = (0x60, 0x7F)
+_SUBNORMAL_BYTES = (0x01, 0x08)
+_RMS_SCALE = 208.0
+_RMS_CODE = math.sqrt(8.5625)  # of the sixteen E2M1 values
+_RMS_FP8 = 14.0
+
+
+def synthesize(
+    directory: str | Path,
+    like: str = "nano",
+    *,
+    layers: int | None = None,
+    seed: int = 0,
+    quantization_in_config: bool | None = None,
+    shard_bytes: int = 1 << 30,
+    **dimensions: int | None,
+) -> Path:
+    """Write a checkpoint like release ``like`` (nano, lightning, super, ultra) into ``directory``; returns its path.
+
+    ``dimensions`` are the fields of ``releases.Sizes``: hidden, experts, top_k, intermediate, shared, latent, heads,
+    kv_heads, head_dim, mamba_heads, mamba_head_dim, groups, state, vocab. One left out, or None, is the release's own.
+    One shard of ``shard_bytes`` is held in memory at a time. ``quantization_in_config`` puts the quantization into
+    config.json beside hf_quant_config.json; 3 Nano does not, the other releases do. The same arguments give the same
+    bytes.
+
+    Raises OptionError for an unknown release or dimension and for values that the format or the model cannot have, and
+    FileExistsError if ``directory`` holds a checkpoint already.
+    """
+    made = releases.release(like)
+    sizes = releases.resize(made.sizes, layers, **dimensions)
+    plan = list(tensors(like, sizes))
+    _check_sizes(sizes, plan)
+    folder = Path(directory)
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} holds a checkpoint already; choose another directory or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, plan, seed, shard_bytes)
+    quant = quantization(like, made, sizes)
+    config = releases.config(made, sizes)
+    if made.quantization_in_config if quantization_in_config is None else quantization_in_config:
+        config["quantization_config"] = quantization_config(quant)
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": made.transformers}
+    files = {"config.json": config, "hf_quant_config.json": quant, "generation_config.json": generation}
+    for name, content in (files | tokenizer_files(sizes.vocab, sizes.max_positions)).items():
+        _write_json(folder / name, content)
+    return folder
+
+
+def _check_sizes(sizes: releases.Sizes, plan: list[TensorSpec]) -> None:
+    """Refuse dimensions that NVFP4 or the model cannot have."""
+    for spec in plan:
+        if spec.role == "codes" and (spec.shape[0] % 16 or spec.fan_in % 16):
+            raise OptionError(
+                f"{spec.name} cannot be stored as NVFP4",
+                seen=f"N={spec.shape[0]}, K={spec.fan_in}",
+                expected="multiples of 16",
+                do="choose other widths (in_proj has N = 2*mamba_heads*mamba_head_dim + 2*groups*state + mamba_heads)",
+            )
+    rules = {
+        "top_k is at most experts": sizes.top_k <= sizes.experts,
+        "experts is at least 2": sizes.experts >= 2,
+        "kv_heads divides heads": sizes.heads % sizes.kv_heads == 0,
+        "groups divides mamba_heads": sizes.mamba_heads % sizes.groups == 0,
+        f"vocab is at least {len(SPECIAL_TOKENS) + 256}": sizes.vocab >= len(SPECIAL_TOKENS) + 256,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise OptionError(
+                "dimensions that no Nemotron-H has", seen=str(sizes), expected=rule, do="change one of the two"
+            )
+
+
+def _write_shards(folder: Path, plan: list[TensorSpec], seed: int, shard_bytes: int) -> None:
+    shards = list(_split(plan, shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({spec.name: _fill(spec, seed) for spec in shard}, folder / file, metadata={"format": "pt"})
+        weight_map |= {spec.name: file for spec in shard}
+    index = {"metadata": {"total_size": sum(map(_size, plan))}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _split(plan: list[TensorSpec], shard_bytes: int) -> Iterator[list[TensorSpec]]:
+    shard: list[TensorSpec] = []
+    used = 0
+    for spec in plan:
+        if shard and used + _size(spec) > shard_bytes:
+            yield shard
+            shard, used = [], 0
+        shard.append(spec)
+        used += _size(spec)
+    yield shard
+
+
+def _size(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * _BYTES[spec.dtype]
+
+
+def _fill(spec: TensorSpec, seed: int) -> torch.Tensor:
+    """The numbers of one tensor; products of fan-in K get weights of variance 1/K."""
+    rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    if spec.role == "codes":
+        return torch.frombuffer(bytearray(rng.bytes(math.prod(spec.shape))), dtype=torch.uint8).view(spec.shape)
+    if spec.role == "block_scale":
+        rare = rng.random(spec.shape, dtype=np.float32) < 1 / 64
+        usual = rng.integers(*_SCALE_BYTES, spec.shape, np.uint8)
+        scale = np.where(rare, rng.integers(*_SUBNORMAL_BYTES, spec.shape, np.uint8), usual)
+        return torch.from_numpy(scale).view(torch.float8_e4m3fn)
+    if spec.role == "fp8":
+        return torch.from_numpy(_RMS_FP8 * rng.standard_normal(spec.shape, np.float32)).to(torch.float8_e4m3fn)
+    return torch.from_numpy(_values(spec, rng)).to(torch.bfloat16 if spec.dtype == "BF16" else torch.float32)
+
+
+def _values(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
+    """Float32 numbers for the roles that are stored in BF16 or F32."""
+    shape, width = spec.shape, 1 / math.sqrt(spec.fan_in)
+    if spec.role in ("embedding", "matrix", "head"):
+        # Logits three wide part the winner from the rest by more than BF16's error.
+        gain = {"embedding": 1.0, "matrix": width, "head": 3 * width}[spec.role]
+        return np.float32(gain) * rng.standard_normal(shape, np.float32)
+    if spec.role == "bias":
+        return np.float32(0.02) * rng.standard_normal(shape, np.float32)
+    if spec.role == "norm":
+        return 1 + np.float32(0.05) * rng.standard_normal(shape, np.float32)
+    if spec.role == "A_log":
+        return np.log(rng.uniform(1, 16, shape)).astype(np.float32)
+    if spec.role == "dt_bias":
+        step = np.exp(rng.uniform(math.log(0.001), math.log(0.1), shape))
+        return (step + np.log(-np.expm1(-step))).astype(np.float32)  # the inverse of softplus
+    constants = {
+        "global_scale": width / (_RMS_CODE * _RMS_SCALE),
+        "fp8_scale": width / _RMS_FP8,
+        "input_scale": 0.01,
+    }
+    return np.full(shape, constants[spec.role] * rng.uniform(0.9, 1.1), np.float32)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
