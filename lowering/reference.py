@@ -176,7 +176,7 @@ def experts(
         hidden = hidden.to(x.dtype).to(accumulate)
         result = _product(hidden, down_codes[expert], down_scale[expert], layout)
         slots[rows] = _times_global(result, _of_expert(down_global, expert)) * routing[rows]
-    return slots.view(tokens, k, -1).sum(1).to(x.dtype)
+    return slots.unflatten(0, (tokens, k)).sum(1).to(x.dtype)
 
 
 def _product(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, layout: str) -> torch.Tensor:

@@ -1,0 +1,233 @@
+"""The ops on the CPU: numbers, shapes, gradients, fakes, and errors that name the operand."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fp4pass.errors import ArgumentError, GradientError
+from fp4pass.lowering import layout, ops, reference
+
+from .operands import activations, every_product, relative_error, weight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 0.0018, torch.float16: 0.0003}
+fp4pass = torch.ops.fp4pass
+
+
+def moe_operands(tokens=7, dtype=torch.float32, order=layout.PLAIN):
+    up, down = weight(6, 48, 80, seed=2, order=order), weight(6, 112, 48, seed=3, order=order)
+    ids = torch.randint(0, 6, (tokens, 3), generator=torch.Generator().manual_seed(4))
+    return activations(tokens, 80, dtype=dtype), ids, torch.rand(tokens, 3), *up, *down, "relu2", order
+
+
+@pytest.mark.parametrize("order", layout.LAYOUTS)
+def test_all_finite_products_come_out_of_linear(order):
+    codes, scale, expected = every_product()
+    stored = layout.from_plain(codes, order)
+    for dtype in DTYPES:
+        result = fp4pass.linear(torch.eye(256, dtype=dtype), stored, scale, None, None, order)
+        assert torch.equal(result.double(), expected.mT)
+        back = fp4pass.linear_backward(torch.eye(256, dtype=dtype), stored, scale, None, order)
+        assert torch.equal(back.double(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(80,), (0, 80), (1, 80), (3, 5, 80), (2, 0, 80)])
+def test_linear_of_any_rank_meets_the_oracle(shape, dtype):
+    codes, scale, global_scale = weight(48, 80)
+    x, bias = activations(*shape, dtype=dtype), activations(48, dtype=dtype, seed=9)
+    result = fp4pass.linear(x, codes, scale, global_scale, bias, layout.PLAIN)
+    exact = x.double() @ reference.dequantize(codes, scale, global_scale, torch.float64).mT + bias.double()
+    assert result.dtype == dtype and result.shape == (*shape[:-1], 48)
+    assert relative_error(result, exact) < TOLERANCE[dtype]
+
+
+def test_strided_activations_give_the_same_result():
+    codes, scale, global_scale = weight(32, 48)
+    x = activations(48, 10).mT
+    result = fp4pass.linear(x, codes, scale, global_scale, None, layout.PLAIN)
+    assert torch.equal(result, fp4pass.linear(x.contiguous(), codes, scale, global_scale, None, layout.PLAIN))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gathered_and_grouped_agree_and_zero_what_no_expert_owns(dtype):
+    codes, scale, global_scale = weight(4, 48, 80)
+    x = activations(7, 80, dtype=dtype)
+    ends = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
+    ids = torch.tensor([0, 0, 2, 2, 2, 3, 4])
+    grouped = fp4pass.grouped_linear(x, codes, scale, global_scale, ends, layout.PLAIN)
+    gathered = fp4pass.gathered_linear(x, codes, scale, global_scale, ids, layout.PLAIN)
+    assert torch.equal(grouped, gathered)
+    dense = reference.dequantize(codes, scale, global_scale, torch.float64)
+    exact = torch.stack([dense[i] @ x[r].double() if i < 4 else torch.zeros(48) for r, i in enumerate(ids)])
+    assert relative_error(grouped, exact) < TOLERANCE[dtype]
+    assert torch.equal(grouped[6], torch.zeros(48, dtype=dtype))
+
+
+@pytest.mark.parametrize("sentinel", [-1, 6, 100])
+def test_sentinel_ids_contribute_zero_even_with_nan_weights(sentinel):
+    x, ids, weights, *rest = moe_operands()
+    ids[2, 1] = sentinel
+    weights[2, 1] = torch.nan
+    without = weights.clone()
+    without[2, 1] = 0
+    valid = ids.clone()
+    valid[2, 1] = 0
+    exact = reference.experts(x, valid, without, *rest, accumulate=torch.float64)
+    assert relative_error(fp4pass.experts(x, ids, weights, *rest), exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_meet_the_oracle(dtype):
+    operands = moe_operands(dtype=dtype, order=layout.INTERLEAVED)
+    exact = reference.experts(*operands, accumulate=torch.float64)
+    assert relative_error(fp4pass.experts(*operands), exact) < TOLERANCE[dtype]
+    assert fp4pass.experts(*moe_operands(tokens=0, dtype=dtype)).shape == (0, 112)
+
+
+def test_linear_gives_gradients_to_x_and_bias_and_saves_no_dense_weight():
+    codes, scale, global_scale = weight(48, 80)
+    x, bias = activations(3, 5, 80).requires_grad_(), activations(48, seed=9).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        result = fp4pass.linear(x, codes, scale, global_scale, bias, layout.PLAIN)
+    assert {t.dtype for t in saved if t.numel() > 1} == {torch.uint8}
+    grad = activations(3, 5, 48, seed=5)
+    result.backward(grad)
+    dense = reference.dequantize(codes, scale, global_scale, torch.float64)
+    assert relative_error(x.grad, grad.double() @ dense) < 1e-6
+    assert relative_error(bias.grad, grad.double().sum((0, 1))) < 1e-6
+
+
+def test_linear_can_be_differentiated_twice():
+    codes, scale, global_scale = weight(32, 48)
+    x = activations(2, 48).requires_grad_()
+    (first,) = torch.autograd.grad(
+        fp4pass.linear(x, codes, scale, global_scale, None, layout.PLAIN).square().sum(), x, create_graph=True
+    )
+    (second,) = torch.autograd.grad(first.sum(), x)
+    dense = reference.dequantize(codes, scale, global_scale, torch.float64)
+    assert relative_error(second, (2 * dense.mT @ dense @ torch.ones(48, dtype=torch.float64)).expand(2, 48)) < 1e-5
+
+
+def test_expert_products_refuse_gradients_and_linear_one_to_the_global_scale():
+    x, ids, weights, *rest = moe_operands()
+    x.requires_grad_()
+    with pytest.raises(GradientError, match="no_grad"):
+        fp4pass.experts(x, ids, weights, *rest)
+    with pytest.raises(GradientError, match="no_grad"):
+        fp4pass.gathered_linear(x, *rest[:3], ids[:, 0].contiguous(), layout.PLAIN)
+    with torch.no_grad():
+        assert fp4pass.experts(x, ids, weights, *rest).shape == (7, 112)
+    codes, scale, global_scale = weight(32, 48)
+    result = fp4pass.linear(activations(2, 48), codes, scale, global_scale.requires_grad_(), None, layout.PLAIN)
+    with pytest.raises(GradientError, match="global scale"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("rows", (0, 1, 5))
+def test_opcheck_of_linear_and_its_backward(rows, dtype):
+    codes, scale, global_scale = weight(48, 80)
+    x, bias = activations(rows, 80, dtype=dtype).requires_grad_(), activations(48, dtype=dtype).requires_grad_()
+    torch.library.opcheck(fp4pass.linear.default, (x, codes, scale, global_scale, bias, layout.PLAIN))
+    torch.library.opcheck(fp4pass.linear.default, (x.detach(), codes, scale, None, None, layout.INTERLEAVED))
+    grad = activations(rows, 48, dtype=dtype).requires_grad_()
+    torch.library.opcheck(fp4pass.linear_backward.default, (grad, codes, scale, global_scale, layout.PLAIN))
+
+
+def test_opcheck_of_the_expert_ops():
+    x, ids, weights, *rest = moe_operands()
+    torch.library.opcheck(fp4pass.experts.default, (x, ids, weights, *rest))
+    torch.library.opcheck(fp4pass.gathered_linear.default, (x, *rest[:3], ids[:, 0].contiguous(), layout.PLAIN))
+    ends = torch.tensor([0, 1, 1, 4, 6, 6])
+    torch.library.opcheck(fp4pass.grouped_linear.default, (x, *rest[:3], ends, layout.PLAIN))
+
+
+def test_rows_stay_symbolic_under_dynamic_compilation():
+    codes, scale, global_scale = weight(48, 80)
+    compiled = torch.compile(
+        lambda x: fp4pass.linear(x, codes, scale, global_scale, None, layout.PLAIN),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for rows in (3, 7, 20):
+        assert compiled(activations(rows, 80)).shape == (rows, 48)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def linear_arguments(**changes):
+    codes, scale, global_scale = weight(48, 80)
+    base = {"x": activations(3, 80), "codes": codes, "scale": scale, "global_scale": global_scale}
+    return (base | {"bias": None, "layout": layout.PLAIN} | changes).values()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3, 64)}, "x has the wrong size"),
+        ({"x": torch.zeros(3, 80, dtype=torch.float64)}, "x has the wrong dtype"),
+        ({"x": torch.tensor(1.0)}, "x has no dimension"),
+        ({"codes": torch.zeros(48, 40, dtype=torch.int8)}, "codes has the wrong dtype"),
+        ({"codes": torch.zeros(48, 36, dtype=torch.uint8)}, "codes has a K that is not a multiple of 16"),
+        ({"codes": torch.zeros(40, 48, dtype=torch.uint8).mT}, "codes is not contiguous"),
+        ({"codes": torch.zeros(2, 48, 40, dtype=torch.uint8)}, "codes has the wrong number of dimensions"),
+        ({"scale": torch.zeros(48, 5).to(torch.float8_e4m3fn)}, "scale has the wrong dtype"),
+        ({"scale": torch.zeros(48, 10, dtype=torch.uint8)}, "scale has the wrong shape"),
+        ({"scale": torch.zeros(48, 5, dtype=torch.uint8, device="meta")}, "scale is on another device"),
+        ({"global_scale": torch.ones(48)}, "global_scale has the wrong shape"),
+        ({"global_scale": torch.ones((), dtype=torch.float64)}, "global_scale has the wrong dtype"),
+        ({"bias": torch.zeros(80)}, "bias has the wrong size"),
+        ({"layout": "tiled"}, "unknown layout"),
+    ],
+)
+def test_wrong_operands_of_linear_are_named(changes, message):
+    for call in (fp4pass.linear, lambda *args: ops._fake("linear", args)):
+        with pytest.raises(ArgumentError, match=message) as caught:
+            call(*linear_arguments(**changes))
+        assert "fp4pass::linear" in str(caught.value)
+
+
+def test_wrong_operands_of_the_expert_ops_are_named():
+    x, ids, weights, *rest = moe_operands()
+    codes, scale, global_scale = rest[:3]
+    with pytest.raises(ArgumentError, match="ids has the wrong dtype"):
+        fp4pass.experts(x, ids.float(), weights, *rest)
+    with pytest.raises(ArgumentError, match="weights has the wrong size"):
+        fp4pass.experts(x, ids, weights[:, :2], *rest)
+    with pytest.raises(ArgumentError, match="unknown activation"):
+        fp4pass.experts(x, ids, weights, *rest[:-2], "tanh", layout.PLAIN)
+    with pytest.raises(ArgumentError, match="down_codes has the wrong size"):
+        fp4pass.experts(x, ids, weights, *rest[:3], *weight(6, 112, 64), *rest[6:])
+    with pytest.raises(ArgumentError, match="ids has the wrong size"):
+        fp4pass.gathered_linear(x, codes, scale, global_scale, ids[:3, 0].contiguous(), layout.PLAIN)
+    with pytest.raises(ArgumentError, match="offsets has the wrong size"):
+        fp4pass.grouped_linear(x, codes, scale, global_scale, torch.tensor([1, 2]), layout.PLAIN)
+
+
+def test_reloading_the_module_keeps_the_ops():
+    codes, scale, global_scale = weight(32, 48)
+    before = fp4pass.linear(activations(2, 48), codes, scale, global_scale, None, layout.PLAIN)
+    importlib.reload(ops)
+    assert torch.equal(fp4pass.linear(activations(2, 48), codes, scale, global_scale, None, layout.PLAIN), before)
+
+
+def test_the_ops_work_on_the_cpu_without_triton():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from fp4pass.lowering import ops\n"
+        "from fp4pass.errors import VersionError\n"
+        "codes, scale = torch.zeros(16, 8, dtype=torch.uint8), torch.zeros(16, 1, dtype=torch.uint8)\n"
+        "assert torch.ops.fp4pass.linear(torch.ones(1, 16), codes, scale, None, None, 'plain').shape == (1, 16)\n"
+        "try:\n    ops._kernels('linear')\n"
+        "except VersionError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "Triton is missing" in done.stdout, done.stderr
