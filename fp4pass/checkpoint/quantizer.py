@@ -1,0 +1,157 @@
+"""transformers' entry for ModelOpt checkpoints: ``from_pretrained`` meets ``quant_method: modelopt`` and comes here.
+
+The model is built on meta, its quantized layers are replaced by packed ones, and the loader of transformers fills them:
+the bytes on disk are the bytes in memory. On the way back the same conversions are undone, so that ``save_pretrained``
+gives the original names and bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fp4pass.errors import CheckpointError
+
+from .config import QuantConfig, checkpoint_name
+from .packed import PackedModule
+from .replace import replace_quantized
+from .validate import DROPPED, check_headers, check_values, dropped, read_headers
+
+METHOD = "modelopt"
+logger = logging.getLogger("fp4pass.checkpoint")
+
+# Parts of an expert's matrix: how the file calls each, and what is appended to the stacked parameter's name.
+_EXPERT_PARTS = {"weight": "", "weight_scale": "_scale", "weight_scale_2": "_scale_2", "input_scale": "_input_scale"}
+
+
+class ModelOptConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a ModelOpt checkpoint, kept word for word so that it is saved as it was loaded."""
+
+    def __init__(self, **facts: Any) -> None:
+        self.__dict__.update(facts)
+        self.quant_method = METHOD
+
+
+class ModelOptQuantizer(HfQuantizer):
+    """Loads ModelOpt's NVFP4 checkpoints packed. ``dropped`` names the tensors that were knowingly not loaded."""
+
+    def __init__(self, quantization_config: ModelOptConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # A config that is passed as an argument describes the files no less than one that stands in config.json.
+        self.pre_quantized = True
+        self.precision = QuantConfig.from_dict(quantization_config.to_dict())
+        self.dropped: tuple[str, ...] = ()
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError(
+                "there is nothing to load",
+                seen="no checkpoint files",
+                expected="a folder or hub repository with safetensors files",
+                do="call from_pretrained with the checkpoint's path",
+            )
+        headers = read_headers(checkpoint_files)
+        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
+        replace_quantized(model, self.precision, headers, prefix)
+        check_headers(model, headers, prefix)
+        self.dropped = dropped(headers)
+        if self.dropped:
+            logger.info("%d tensors are not loaded: %s", len(self.dropped), _shortened(self.dropped))
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), DROPPED}
+        for name, parameter in model.named_parameters():
+            stored = headers.get(checkpoint_name(prefix + name))
+            if name.endswith("mixer.gate.weight") and stored is not None and stored.dtype == "F32":
+                # The router computes in float32; where a release stores it so, it stays so.
+                model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(parameter.float())
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        check_values(model)
+        for name, parameter in model.named_parameters():
+            # Some versions of the loader leave tensors of a renamed module in the dtype of the file.
+            if parameter.dtype != self._dtypes[name]:
+                parameter.data = parameter.data.to(self._dtypes[name])
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                for _, parameter in module.packed_parameters():
+                    parameter.requires_grad_(False)  # the loader turns it on for every floating dtype
+                module.settle()
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Stack each part of the experts' matrices along a new first dimension; replaces the model's own stacking."""
+        own = [
+            _stacking(projection, part, suffix)
+            for projection in ("up_proj", "down_proj")
+            for part, suffix in _EXPERT_PARTS.items()
+        ]
+        stacked = {f"mixer.experts.{projection}" for projection in ("up_proj", "down_proj")}
+        return [*(entry for entry in weight_conversions if not stacked & set(entry.target_patterns)), *own]
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """The state dict to save. Reordered codes go to host memory one module at a time, never twice on the device."""
+        reordered = [module for module in model.modules() if isinstance(module, PackedModule) and not module.is_plain]
+        if not reordered:
+            return None, {}
+        state: dict[str, torch.Tensor] = {}
+        for name, module in model.named_modules():
+            before = len(state)
+            module._save_to_state_dict(state, f"{name}." if name else "", False)
+            if isinstance(module, PackedModule):
+                state |= {key: state[key].cpu() for key in list(state)[before:]}
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        """Saving gives the loaded bytes back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights take no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """``generate`` may compile the model."""
+        return True
+
+
+def _stacking(projection: str, part: str, suffix: str) -> WeightConverter:
+    # One name is the beginning of another; the lookaheads hold them apart and are dropped where a pattern is a target.
+    source = f"mixer.experts.*.{projection}.{part}(?!_)"
+    return WeightConverter(source, f"mixer.experts.{projection}{suffix}(?!_)", operations=[MergeModulelist(dim=0)])
+
+
+def _shortened(names: tuple[str, ...], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def register() -> bool:
+    """Make ``from_pretrained`` know ``quant_method: modelopt``; called when fp4pass is imported.
+
+    Returns False, and leaves things as they are, where another package has taken the name.
+    """
+    taken = {AUTO_QUANTIZER_MAPPING.get(METHOD), AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)} - {None}
+    if taken == {ModelOptQuantizer, ModelOptConfig}:
+        return True
+    if taken:
+        logger.warning("quant_method %r is taken by %s; fp4pass leaves it", METHOD, next(iter(taken)).__module__)
+        return False
+    register_quantization_config(METHOD)(ModelOptConfig)
+    register_quantizer(METHOD)(ModelOptQuantizer)
+    return True
