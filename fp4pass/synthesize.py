@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from fp4pass.checkpoint import releases
-from fp4pass.checkpoint.tensors import TensorSpec, quantization, quantization_config, tensors
+from fp4pass.checkpoint.config import config_json_form
+from fp4pass.checkpoint.tensors import TensorSpec, quantization, tensors
 from fp4pass.checkpoint.tokenizer import SPECIAL_TOKENS, tokenizer_files
 from fp4pass.errors import OptionError
 
@@ -66,7 +67,7 @@ def synthesize(
     quant = quantization(like, made, sizes)
     config = releases.config(made, sizes)
     if made.quantization_in_config if quantization_in_config is None else quantization_in_config:
-        config["quantization_config"] = quantization_config(quant)
+        config["quantization_config"] = config_json_form(quant)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": made.transformers}
     files = {"config.json": config, "hf_quant_config.json": quant, "generation_config.json": generation}
     for name, content in (files | tokenizer_files(sizes.vocab, sizes.max_positions)).items():

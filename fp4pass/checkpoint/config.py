@@ -14,10 +14,11 @@ from typing import Any
 
 from fp4pass.errors import CheckpointError
 
-NVFP4_ALGOS = ("NVFP4", "W4A16_NVFP4")
+NVFP4, W4A16_NVFP4, FP8 = "NVFP4", "W4A16_NVFP4", "FP8"
+NVFP4_ALGOS = (NVFP4, W4A16_NVFP4)
 """Both store the same tensors; NVFP4 adds an input scale, which weight-only inference does not use."""
 
-KNOWN_ALGOS = (*NVFP4_ALGOS, "FP8")
+KNOWN_ALGOS = (*NVFP4_ALGOS, FP8)
 GROUP_SIZE = 16
 
 
@@ -32,7 +33,6 @@ class QuantConfig:
     layers: Mapping[str, str]
     excluded: frozenset[str] = frozenset()
     excluded_patterns: tuple[str, ...] = ()
-    kv_cache: str | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> QuantConfig:
@@ -66,7 +66,6 @@ class QuantConfig:
             layers=layers,
             excluded=frozenset(names) - frozenset(patterns),
             excluded_patterns=patterns,
-            kv_cache=facts.get("kv_cache_quant_algo"),
         )
 
     def algo(self, module: str) -> str | None:
@@ -80,6 +79,33 @@ class QuantConfig:
 def checkpoint_name(module: str) -> str:
     """How the checkpoint spells a module or tensor that transformers calls ``module``."""
     return "backbone." + module.removeprefix("model.") if module.startswith("model.") else module
+
+
+def config_json_form(hf_quant_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of hf_quant_config.json as ModelOpt puts them into config.json under ``quantization_config``."""
+    facts = hf_quant_config.get("quantization", hf_quant_config)
+    groups: dict[str | None, list[str]] = {}
+    for name, entry in (facts.get("quantized_layers") or {}).items():
+        groups.setdefault(entry.get("quant_algo"), []).append(name)
+    if not groups:
+        groups = {facts.get("quant_algo"): ["Linear"]}
+    form = {
+        "config_groups": {f"group_{i}": _group(algo, names) for i, (algo, names) in enumerate(groups.items())},
+        "ignore": list(facts.get("exclude_modules") or ()),
+        "producer": hf_quant_config.get("producer"),
+        "quant_method": "modelopt",
+    }
+    if facts.get("kv_cache_quant_algo") == FP8:
+        form["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return form | {name: facts[name] for name in ("quant_algo", "quantized_layers", "group_size") if name in facts}
+
+
+def _group(algo: str | None, targets: list[str]) -> dict[str, Any]:
+    eight_bits = {"dynamic": False, "num_bits": 8, "type": "float"}
+    four_bits = {"dynamic": False, "group_size": GROUP_SIZE, "num_bits": 4, "type": "float"}
+    weights = eight_bits if algo == FP8 else four_bits
+    group: dict[str, Any] = {"weights": weights, "targets": targets}
+    return group if algo == W4A16_NVFP4 else {"input_activations": weights} | group
 
 
 def _layers(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -103,9 +129,9 @@ def _algo_of_group(group: Mapping[str, Any]) -> tuple[str, int | None]:
     weights = group.get("weights") or {}
     bits, kind, group_size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
     if (bits, kind) == (8, "float"):
-        return "FP8", group_size
+        return FP8, group_size
     if (bits, kind) == (4, "float"):
-        return ("NVFP4" if group.get("input_activations") else "W4A16_NVFP4"), group_size
+        return (NVFP4 if group.get("input_activations") else W4A16_NVFP4), group_size
     return f"{bits} bits {kind}", group_size
 
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .config import FP8, NVFP4, W4A16_NVFP4
 from .releases import Release, Sizes
-
-NVFP4, W4A16_NVFP4, FP8 = "NVFP4", "W4A16_NVFP4", "FP8"
 
 
 @dataclass(frozen=True)
@@ -130,34 +129,8 @@ def quantization(like: str, made: Release, sizes: Sizes) -> dict[str, Any]:
     return {"producer": {"name": "modelopt", "version": made.producer}, "quantization": content}
 
 
-def quantization_config(hf_quant_config: dict[str, Any]) -> dict[str, Any]:
-    """The same facts as they stand in config.json under ``quantization_config``."""
-    content = hf_quant_config["quantization"]
-    groups: dict[str, list[str]] = {}
-    for name, entry in content.get("quantized_layers", {}).items():
-        groups.setdefault(entry["quant_algo"], []).append(name)
-    if not groups:
-        groups = {content["quant_algo"]: ["Linear"]}
-    return {
-        "config_groups": {f"group_{i}": _group(algo, names) for i, (algo, names) in enumerate(groups.items())},
-        "ignore": content.get("exclude_modules", []),
-        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
-        "producer": hf_quant_config["producer"],
-        "quant_algo": content["quant_algo"],
-        "quant_method": "modelopt",
-    } | {name: content[name] for name in ("quantized_layers", "group_size") if name in content}
-
-
 def _layer_entry(algo: str) -> dict[str, Any]:
     return {"quant_algo": algo} if algo == FP8 else {"quant_algo": algo, "group_size": 16}
-
-
-def _group(algo: str, targets: list[str]) -> dict[str, Any]:
-    eight_bits = {"dynamic": False, "num_bits": 8, "type": "float"}
-    four_bits = {"dynamic": False, "group_size": 16, "num_bits": 4, "type": "float"}
-    weights = eight_bits if algo == FP8 else four_bits
-    group: dict[str, Any] = {"weights": weights, "targets": targets}
-    return group if algo == W4A16_NVFP4 else {"input_activations": weights} | group
 
 
 def _mixer_products(sizes: Sizes, mixer: str, kind: str, layer: int) -> Iterator[Product]:

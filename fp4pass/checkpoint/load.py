@@ -1,0 +1,93 @@
+"""Loading by path, also for releases that keep their quantization in hf_quant_config.json alone (Nemotron 3 Nano)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from fp4pass.errors import CheckpointError, VersionError
+
+from .config import QuantConfig, config_json_form
+from .quantizer import METHOD, register
+from .replace import replace_quantized
+
+logger = logging.getLogger("fp4pass.checkpoint")
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model whose NVFP4 weights stay packed, from a folder or a hub repository.
+
+    Takes the arguments of ``AutoModelForCausalLM.from_pretrained`` and does the same; it also reads
+    hf_quant_config.json where config.json has no quantization_config. The model class is always the one in
+    transformers: ``trust_remote_code`` is ignored, with a warning. No parameter takes gradients; set requires_grad where
+    you want them.
+
+    Raises CheckpointError for a checkpoint whose files, config or tensors are not what they should be, and VersionError
+    if another package has taken ``quant_method: modelopt``.
+    """
+    if not register():
+        raise VersionError(
+            "another package loads ModelOpt checkpoints in this process",
+            seen=f"quant_method {METHOD!r} is registered with transformers by another package",
+            expected="fp4pass's own registration",
+            do="import fp4pass before that package, or leave it out",
+        )
+    if kwargs.pop("trust_remote_code", False):
+        logger.warning("trust_remote_code is ignored: fp4pass uses the model class of transformers")
+    kwargs["config"] = _config(path, kwargs)
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
+
+
+def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The model of ``path`` on the meta device, packed layers in place, from its config files alone.
+
+    It has no weights and serves for tracing and proofs. ``dtype`` (default: the checkpoint's) and the arguments that
+    locate files on the hub are understood. Raises CheckpointError as ``from_pretrained`` does for the config files.
+    """
+    config = _config(path, kwargs)
+    precision = QuantConfig.from_dict(_facts(config) or {"quant_algo": None})
+    bare = copy.deepcopy(config)
+    bare.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(bare, dtype=kwargs.get("dtype") or config.dtype)
+    replace_quantized(model, precision, headers={})
+    return model.eval()
+
+
+def _config(path: str | Path, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """The model's config, with the quantization from whichever file has it."""
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+    if _facts(config) is not None:
+        return config
+    file = cached_file(path, "hf_quant_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if file is not None:
+        config.quantization_config = config_json_form(_read_json(Path(file)))
+    return config
+
+
+def _facts(config: PreTrainedConfig) -> dict[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file.name} is not JSON",
+            seen=str(error),
+            expected="a JSON object, as ModelOpt writes it",
+            do="download this file again",
+        ) from error
+    return content
