@@ -1,0 +1,137 @@
+"""The backend: ``torch.compile(model, backend="fp4pass")``."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fp4pass import _torch
+from fp4pass.errors import UnmatchedError
+from fp4pass.inputs import CallInputs
+from fp4pass.lowering import ops  # noqa: F401  # registers what a cached graph calls
+from fp4pass.options import Options
+from fp4pass.pipeline import Fp4Pass
+from fp4pass.report import Report, Store, remember
+from fp4pass.target import choose_target
+
+log = logging.getLogger("fp4pass.backend")
+
+Compiled = Callable[..., Any]
+
+
+class Fp4passWarning(UserWarning):
+    """A quantized product was left as it was."""
+
+
+def fp4pass(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    inner_compile: Compiled | None = None,
+) -> Compiled:
+    """Compile a captured graph with Inductor, its quantized products rewritten.
+
+    gm, example_inputs: what dynamo hands a backend. mode, options: those of torch.compile (see `Options`).
+    inner_compile: what turns the rewritten graph into a callable instead of Inductor's code generation.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value.
+        UnmatchedError: a product was left and ``require_match`` is set.
+        GradientError: a backward would have to save a dequantized weight.
+    """
+    parsed = Options.parse(mode, options)
+    call = CallInputs(gm, example_inputs)
+    compiled, report = _compile(gm, example_inputs, parsed, call, inner_compile)
+    _announce(report.named(call.names), parsed)
+    if not call.tables:
+        return compiled
+
+    def guarded(*inputs: Any) -> Any:
+        """A table that is written to gets a compile of its own."""
+        nonlocal compiled
+        if call.tables_changed():
+            log.info("a decode table has changed: compiling again")
+            compiled = fp4pass(gm, example_inputs, mode=mode, options=options, inner_compile=inner_compile)
+        return compiled(*inputs)
+
+    return guarded
+
+
+fp4pass.reset = _torch.reset_cudagraphs
+
+
+def _compile(
+    gm: fx.GraphModule, examples: Sequence[Any], options: Options, call: CallInputs, inner_compile: Compiled | None
+) -> tuple[Compiled, Report]:
+    """The compiled call and its report, from the pass or, where a cache had the graph, from the report's own store."""
+    ours = Fp4Pass(options, choose_target(options.target_sm, examples), call)
+    store = Store(_torch.report_directory())
+    key = _key(gm, examples, ours)
+
+    def run(**more: Any) -> Compiled:
+        patches = {**options.patches(), "joint_custom_pre_pass": ours, **more}
+        inner = {} if inner_compile is None else {"inner_compile": inner_compile}
+        decompositions = _torch.decompositions_keeping_products()
+        return _torch.compile_fx(gm, examples, config_patches=patches, decompositions=decompositions, **inner)
+
+    if inner_compile is not None:
+        return run(force_disable_caches=True), ours.report or Report()
+    compiled = run()
+    if ours.report is None and (known := store.load(key)) is not None:
+        log.debug("compiled graph from the cache, report %s", key)
+        return compiled, known
+    if ours.report is None:  # cached before reports were kept, or the report was deleted
+        compiled = run(force_disable_caches=True)
+    report = ours.report or Report()
+    store.save(key, report)
+    return compiled, report
+
+
+def _announce(report: Report, options: Options) -> None:
+    """Keep the report, log it, trace it; complain of what was left."""
+    remember(report)
+    if not report:
+        return
+    log.info("%s", report)
+    _torch.emit_trace("fp4pass_report", report.to_json)
+    if not report.refused:
+        return
+    first = report.refused[0]
+    if options.require_match:
+        raise UnmatchedError(
+            f"{len(report.refused)} quantized products were not rewritten",
+            seen=f"{first.module or 'a product'} ({first.op}): {first.reason}",
+            expected="every quantized product rewritten, as require_match asks",
+            do=f"{first.remedy}; fp4pass.last_report() lists all",
+        )
+    warnings.warn(
+        f"{len(report.refused)} quantized products were left as they were, the first in "
+        f"{first.module or 'an unnamed module'}: {first.reason}. {first.remedy}. See fp4pass.last_report().",
+        Fp4passWarning,
+        stacklevel=2,
+    )
+
+
+def _key(gm: fx.GraphModule, examples: Sequence[Any], ours: Fp4Pass) -> str:
+    """A hash of the graph without its inputs' names, so that equal models with other module names share a report."""
+    index: dict[fx.Node, int] = {}
+    found = hashlib.sha256(repr(ours.uuid()).encode())
+    for node in gm.graph.nodes:
+        index[node] = len(index)
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+        arguments = [f"%{index[leaf]}" if isinstance(leaf, fx.Node) else repr(leaf) for leaf in flat]
+        target = "" if node.op == "placeholder" else str(node.target)
+        found.update(f"{node.op} {target} {arguments} {spec}\n".encode())
+    for example in examples:
+        is_tensor = isinstance(example, torch.Tensor)
+        found.update(str((example.dtype, example.shape, example.device) if is_tensor else type(example)).encode())
+    return found.hexdigest()[:40]

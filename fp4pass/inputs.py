@@ -1,0 +1,131 @@
+"""What is known of a compiled call's inputs: their names, which belong to the model, and the values of small tables.
+
+A decode table's values decide whether a product is NVFP4 at all, so they are read before compiling and go into the
+cache key. A pass that meets a table which is not among these refuses it, so no cached graph can rest on other values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp4pass import _torch
+from fp4pass.match.cone import CODE_DTYPES
+from fp4pass.match.roles import TABLE_BYTES, TABLE_SIZES
+
+_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+
+
+class CallInputs:
+    """The inputs of one graph that dynamo captured, by position."""
+
+    def __init__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> None:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        sources = [_torch.source_of(node) for node in placeholders]
+        self.names = [module_path(source) for source in sources]
+        self.constant = [
+            _torch.is_static_input(example) or source.startswith("G[")
+            for example, source in zip(examples, sources, strict=True)
+        ]
+        self._live = {i: examples[i] for i in _table_candidates(gm.graph, placeholders, examples) if self.constant[i]}
+        self.tables = {i: t.detach().cpu().clone() for i, t in self._live.items() if _torch.is_real(t)}
+        self._versions = self._stamps()
+
+    def digest(self) -> str:
+        """A hash of every table's position and values."""
+        found = hashlib.sha256()
+        for i, table in sorted(self.tables.items()):
+            found.update(f"{i} {table.dtype} {tuple(table.shape)}".encode())
+            found.update(table.contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def tables_changed(self) -> bool:
+        """Whether a table's values are no longer those that were read."""
+        stamps = self._stamps()
+        if stamps == self._versions and None not in stamps:
+            return False
+        self._versions = stamps
+        return any(not torch.equal(self._live[i].cpu(), table) for i, table in self.tables.items())
+
+    def _stamps(self) -> list[int | None]:
+        """A number for each table that every change in place raises; inference tensors have none."""
+        return [None if self._live[i].is_inference() else self._live[i]._version for i in self.tables]
+
+
+class GraphInputs:
+    """`fp4pass.match.roles.Inputs` for a graph that was traced from the call."""
+
+    def __init__(self, call: CallInputs) -> None:
+        self._call = call
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether the tensor belongs to the model (parameter, buffer, constant), not to the call."""
+        position = _torch.input_position(node)
+        return node.op == "get_attr" or (position is not None and self._call.constant[position])
+
+    def table(self, node: fx.Node) -> torch.Tensor | None:
+        """The values of a small constant, where they are known and part of the cache key."""
+        if node.op == "get_attr":
+            found = getattr(node.graph.owning_module, node.target, None)
+            return found.detach().cpu() if isinstance(found, torch.Tensor) and _torch.is_real(found) else None
+        position = _torch.input_position(node)
+        return None if position is None else self._call.tables.get(position)
+
+
+def module_path(source: str) -> str:
+    """``L['self']._modules['lm_head']._parameters['weight']`` -> ``lm_head.weight``; other sources as they are."""
+    steps = _STEP.findall(source)
+    if steps:
+        tail = source[[m.end() for m in _STEP.finditer(source)][-1] :]
+        return ".".join(steps) + re.sub(r"[^\w.].*", "", tail)
+    plain = re.fullmatch(r"[LG]\['([^']+)'\]", source)
+    return plain[1] if plain else source
+
+
+def _table_candidates(graph: fx.Graph, placeholders: Sequence[fx.Node], examples: Sequence[Any]) -> Iterator[int]:
+    """Small inputs that meet packed codes on the way to a product: what a decode table would do."""
+    example_of = dict(zip(placeholders, examples, strict=True))
+    codes = {n for n, e in example_of.items() if _is(e) and e.dtype in CODE_DTYPES and e.dim() >= 2}
+    experts = {example_of[n].shape[0] for n in codes if example_of[n].dim() == 3} - set(TABLE_SIZES)
+    small = {
+        n
+        for n, e in example_of.items()
+        if _is(e) and n not in codes and 1 < e.numel() != 0 and e.numel() * e.element_size() <= TABLE_BYTES
+    }
+    small = {n for n in small if _may_be_table(example_of[n], [example_of[c] for c in codes], experts)}
+    tainted, reach, met = set(codes), {n: {n} for n in small}, set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or _name(node) in _PRODUCTS:
+            continue
+        inputs = node.all_input_nodes
+        reached = set().union(*(reach.get(n, ()) for n in inputs))
+        if any(n in tainted for n in inputs):
+            tainted.add(node)
+            met |= reached
+        elif reached:
+            reach[node] = reached
+    return (i for i, n in enumerate(placeholders) if n in met)
+
+
+def _is(example: Any) -> bool:
+    return isinstance(example, torch.Tensor) and not any(isinstance(s, torch.SymInt) for s in example.shape)
+
+
+def _may_be_table(tensor: torch.Tensor, codes: Sequence[torch.Tensor], experts: set[int]) -> bool:
+    """Not so the block scales of some codes, nor one global scale an expert: their values must stay out of the key."""
+    if tensor.dtype == torch.float8_e4m3fn or any(tensor.numel() * 8 == c.numel() for c in codes):
+        return False
+    return tensor.numel() not in experts
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

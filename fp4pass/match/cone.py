@@ -1,0 +1,103 @@
+"""The cone of a weight operand: every node that computes it, back to inputs, constants and expert ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fp4pass.match.anchors import anchor_of
+
+aten = torch.ops.aten
+
+CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+GATHERS = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
+
+
+@dataclass(frozen=True)
+class Cone:
+    """``nodes`` in execution order end in ``root``; ``leaves`` are the tensors that they start from."""
+
+    root: fx.Node
+    nodes: tuple[fx.Node, ...]
+    leaves: tuple[fx.Node, ...]
+    ids: tuple[fx.Node, ...]
+
+
+def value(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that stands for the node's result."""
+    found = node.meta.get("val")
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def holds_codes(node: fx.Node) -> bool:
+    """Whether an input or constant can hold packed codes: bytes, in two dimensions or more."""
+    tensor = value(node)
+    return (
+        node.op in ("placeholder", "get_attr")
+        and tensor is not None
+        and tensor.dtype in CODE_DTYPES
+        and tensor.dim() >= 2
+    )
+
+
+def code_tainted(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes computed from packed codes without a matrix product in between."""
+    tainted: set[fx.Node] = set()
+    for node in graph.nodes:
+        if holds_codes(node) or (
+            node.op == "call_function" and anchor_of(node) is None and any(n in tainted for n in node.all_input_nodes)
+        ):
+            tainted.add(node)
+    return tainted
+
+
+def gather_ids(node: fx.Node, tainted: set[fx.Node]) -> fx.Node | None:
+    """The tensor of expert ids if ``node`` picks whole experts by one that the codes have no part in."""
+    if node.target not in GATHERS:
+        return None
+    if node.target is aten.index.Tensor:
+        source, indices = node.args[0], node.args[1]
+        if len(indices) != 1:
+            return None
+        ids = indices[0]
+    elif node.target is aten.index_select.default:
+        source, dim, ids = node.args
+        if dim != 0:
+            return None
+    else:
+        source, ids = node.args[0], node.args[1]
+    if not isinstance(ids, fx.Node) or ids in tainted or ids.op == "get_attr":
+        return None
+    tensor = value(ids)
+    whole = value(source) is not None and tensor is not None and tensor.dtype in (torch.int32, torch.int64)
+    return ids if whole else None
+
+
+def extract(root: fx.Node, tainted: set[fx.Node]) -> Cone:
+    """Walk back from ``root``; products, inputs and constants are leaves, expert ids are cut off."""
+    nodes: list[fx.Node] = []
+    leaves: list[fx.Node] = []
+    ids: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    stack = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            nodes.append(node)
+            continue
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            continue  # a size: the replay takes its value from the node itself
+        if node.op != "call_function" or anchor_of(node) is not None:
+            leaves.append(node)
+            continue
+        cut = gather_ids(node, tainted)
+        if cut is not None and cut not in ids:
+            ids.append(cut)
+        stack.append((node, True))
+        stack.extend((n, False) for n in reversed(node.all_input_nodes) if n is not cut)
+    return Cone(root, tuple(nodes), tuple(leaves), tuple(ids))

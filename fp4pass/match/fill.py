@@ -1,0 +1,109 @@
+"""Values for a cone's leaves, chosen so that every code, scale byte and global scale leaves its mark.
+
+Random codes, all 254 finite scale bytes, a global scale of its own for each expert. With powers of two as global
+scales every product on the way is exact in any float dtype (E2M1 x E4M3 has six significant bits), so results can be
+compared for equality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fp4pass.match.cone import Cone, value
+from fp4pass.match.convention import GROUP, Convention, canonical
+from fp4pass.match.dims import scaled
+from fp4pass.match.replay import Replay
+from fp4pass.match.roles import Roles
+from fp4pass.match.shapes import EXPERTS, GATHERED, ROWS, Sizes
+
+SMALL_EXPERTS, SMALL_GATHERED = (2, 3), (5, 7)
+# Finite E4M3 bytes; the extreme ones are zero, the subnormals' ends, one, and the largest, of both signs.
+_FINITE = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
+_EXTREME = torch.tensor([0x00, 0x80, 0x01, 0x81, 0x07, 0x87, 0x08, 0x88, 0x38, 0xB8, 0x7E, 0xFE], dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Values for every leaf, and the sizes to run at (None: the traced ones)."""
+
+    leaves: dict[fx.Node, torch.Tensor]
+    sizes: Sizes | None
+    exact: bool = True
+
+    def of(self, node: fx.Node | None) -> torch.Tensor | None:
+        """The value of one leaf."""
+        return None if node is None else self.leaves[node]
+
+
+def fills(cone: Cone, roles: Roles, replay: Replay) -> Iterator[Fill]:
+    """The fills to try in turn, cheapest and most telling first."""
+    generator = torch.Generator().manual_seed(0x4E5646)
+    if replay.why_full:
+        runs: list[Sizes | None] = [None, None]
+    else:
+        runs = [_sizes(roles, replay, which) for which in (0, 1)]
+    # Half precision spans 2^-24 to 2^16 only; a cone that computes in it is probed inside that.
+    narrow = any(value(n) is not None and value(n).dtype == torch.float16 for n in cone.nodes)
+    reach = 2 if narrow else 10
+    for sizes, exponents in zip(runs, ((-2, 3), (0, 2)), strict=True):
+        yield _fill(roles, replay, sizes, generator, _FINITE, exponents)
+    yield _fill(roles, replay, runs[0], generator, _EXTREME, (reach, reach + 1))
+    yield _fill(roles, replay, runs[0], generator, _EXTREME, (-reach, -reach + 1))
+    yield _fill(roles, replay, runs[1], generator, _FINITE, None)
+
+
+def _sizes(roles: Roles, replay: Replay, which: int) -> Sizes:
+    """Small sizes; the two choices share no factor, and rows suffice to show every byte several times."""
+    rows = max(3, 1024 * GROUP // roles.k) + which
+    wanted = {ROWS: rows, EXPERTS: SMALL_EXPERTS[which], GATHERED: SMALL_GATHERED[which]}
+    return {name: wanted[name] * replay.needs[name] for name in replay.needs}
+
+
+def _fill(
+    roles: Roles,
+    replay: Replay,
+    sizes: Sizes | None,
+    generator: torch.Generator,
+    scale_bytes: torch.Tensor,
+    exponents: tuple[int, int] | None,
+) -> Fill:
+    """Random codes and scale bytes; global scales 2^e with e from ``exponents``, or from [0.3, 3) if None."""
+    full = {symbol.name: symbol.full for symbol in roles.symbols().values()}
+
+    def shape(node: fx.Node) -> list[int]:
+        return [scaled(dim, sizes or full) for dim in replay.leaf_shapes[node]]
+
+    codes = torch.randint(0, 256, shape(roles.codes), generator=generator, dtype=torch.uint8)
+    picks = torch.randint(0, len(scale_bytes), shape(roles.scale), generator=generator)
+    leaves = {
+        roles.codes: codes.view(value(roles.codes).dtype),
+        roles.scale: scale_bytes[picks].view(value(roles.scale).dtype),
+        **dict(roles.tables),
+    }
+    if roles.global_scale is not None:
+        size = shape(roles.global_scale)
+        if exponents is None:
+            scales = torch.rand(size, generator=generator) * 2.7 + 0.3
+        else:
+            scales = torch.exp2(torch.randint(*exponents, size, generator=generator).float())
+        leaves[roles.global_scale] = scales.to(value(roles.global_scale).dtype)
+    if roles.ids is not None:
+        experts = (sizes or full).get(EXPERTS, 1)
+        ids = torch.randint(0, experts, shape(roles.ids), generator=generator)
+        leaves[roles.ids] = ids.to(value(roles.ids).dtype)
+    return Fill(leaves, sizes, exact=exponents is not None)
+
+
+def expected(convention: Convention, roles: Roles, fill: Fill) -> torch.Tensor | None:
+    """The weight that a convention makes of a fill's leaves."""
+    codes, scale = as_bytes(fill.of(roles.codes)), as_bytes(fill.of(roles.scale))
+    return canonical(convention, codes, scale, fill.of(roles.global_scale), fill.of(roles.ids))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same storage as uint8."""
+    return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)

@@ -1,0 +1,68 @@
+"""The proof that a cone computes an NVFP4 weight: run it on chosen leaves and compare with every convention.
+
+Two sizes without a common factor, independent fills, extreme ones and one whose global scales are no powers of two
+must all be explained by the same convention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fp4pass.match.cone import Cone
+from fp4pass.match.convention import Convention, conventions
+from fp4pass.match.diagnosis import diagnose
+from fp4pass.match.fill import Fill, expected, fills
+from fp4pass.match.reasons import Reason, Refusal
+from fp4pass.match.replay import Replay
+from fp4pass.match.roles import Inputs, Roles, ScaleShapeError, assign
+
+FULL_RUN_BYTES = 256 << 20
+BYTES_A_WEIGHT = 16
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A proven NVFP4 weight. ``rows_last``: the cone gives ``[..., K, N]``, the transpose of ``[..., N, K]``."""
+
+    roles: Roles
+    convention: Convention
+    rows_last: bool
+
+
+def prove(cone: Cone, inputs: Inputs) -> Weight | Refusal:
+    """Prove that ``cone`` computes an NVFP4 weight and by which convention, or say why it does not."""
+    roles = assign(cone, inputs)
+    if isinstance(roles, Refusal):
+        return roles
+    try:
+        replay = Replay(cone, roles)
+    except ScaleShapeError as error:
+        return Refusal(Reason.GROUPS, str(error))
+    weights = roles.n * roles.k * (roles.experts or 1)
+    if replay.why_full and weights * BYTES_A_WEIGHT > FULL_RUN_BYTES:
+        return Refusal(Reason.TOO_LARGE, replay.why_full)
+    try:
+        return _explain(cone, roles, replay)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        return Refusal(Reason.UNKNOWN_OP, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def _explain(cone: Cone, roles: Roles, replay: Replay) -> Weight | Refusal:
+    """The one convention that explains every fill."""
+    candidates = [(c, rows_last) for rows_last in (False, True) for c in conventions(roles.global_scale is not None)]
+    for fill in fills(cone, roles, replay):
+        found = replay(fill.leaves, fill.sizes).to(torch.float64)
+        candidates = [(c, last) for c, last in candidates if _agrees(found.mT if last else found, c, roles, fill)]
+        if not candidates:
+            return diagnose(roles, replay, fill)
+    convention, rows_last = candidates[0]
+    return Weight(roles, convention, rows_last)
+
+
+def _agrees(found: torch.Tensor, convention: Convention, roles: Roles, fill: Fill) -> bool:
+    want = expected(convention, roles, fill)
+    if want is None or want.shape != found.shape:
+        return False
+    return torch.equal(found, want) if fill.exact else torch.allclose(found, want, rtol=2**-6, atol=0)

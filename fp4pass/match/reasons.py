@@ -1,0 +1,116 @@
+"""Why a quantized product was left as it was: each reason with what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Reason(Enum):
+    """A refusal's kind. The value is (sentence, remedy)."""
+
+    ACTIVATION = (
+        "an activation takes part in computing the weight",
+        "apply it to the product's input or output instead",
+    )
+    BATCHED = (
+        "every expert gets its own batch of rows, a form that has no kernel",
+        "use the grouped_mm or batched_mm experts of transformers",
+    )
+    EIGHT_BIT = (
+        "the weight has one byte an element, not two codes a byte",
+        "only 4-bit NVFP4 weights are rewritten; 8-bit ones run as they are",
+    )
+    GROUPS = (
+        "the block scales are not constant over 16 neighbouring elements of a row",
+        "check the group size and where its first block begins",
+    )
+    IDS = (
+        "codes, scales and global scales are gathered by different expert ids",
+        "index all three with the same tensor",
+    )
+    BACKWARD = (
+        "the product belongs to the backward of an expert, which has no kernel",
+        "run the experts under torch.no_grad() or torch.inference_mode()",
+    )
+    DISABLED = (
+        "the pass that would rewrite it is switched off",
+        "leave it out of the option `disable`",
+    )
+    DTYPE = (
+        "the product's operands have a dtype that has no kernel",
+        "use bfloat16, float16 or float32 activations, and cast the decoded weight to the same",
+    )
+    FAILED = (
+        "the rewrite itself failed",
+        "please report this with the log of TORCH_LOGS=+fp4pass",
+    )
+    NATIVE_FP4 = (
+        "this GPU multiplies FP4 natively (SM100 and up)",
+        "use a backend that does; fp4pass serves GPUs below SM100",
+    )
+    NO_SCALES = (
+        "no block scales were found beside the codes",
+        "NVFP4 needs an E4M3 scale for every 16 elements",
+    )
+    NOT_E2M1 = (
+        "the codes do not decode to E2M1 values",
+        "NVFP4 codes stand for 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives",
+    )
+    NOT_UNIFORM = (
+        "some rows or experts are decoded differently from the others",
+        "decode every row and every expert alike",
+    )
+    SCALES_MISPLACED = (
+        "the block scales are read in an order that is neither linear nor the 128x4 tiles",
+        "store scales row by row: one for every 16 elements of a row",
+    )
+    TABLE_CHANGES = (
+        "the decode table is an argument of the call, so its values may change under the compiled graph",
+        "make the table a buffer of the module or a constant",
+    )
+    TABLE_UNKNOWN = (
+        "the values of the decode table cannot be read while compiling",
+        "give the table real values (not meta or fake ones)",
+    )
+    TOO_LARGE = (
+        "the decode slices or indexes rows or experts by constants, and the weight is too large to run in full",
+        "decode all rows and experts by the same operations",
+    )
+    TOO_OLD = (
+        "this GPU is below SM80",
+        "fp4pass needs an Ampere, Ada or Hopper GPU",
+    )
+    UNKNOWN_OP = (
+        "the weight is computed by an operation that cannot be run for the proof",
+        "decode with plain PyTorch operations",
+    )
+    WRONG_AXIS = (
+        "the codes are not packed along the axis that the product sums over",
+        "pack codes along K, the input features",
+    )
+    WRONG_VALUES = (
+        "the decoded weight is not code x block scale x global scale",
+        "look for a clamp, an extra factor or an offset in the decode",
+    )
+
+    @property
+    def sentence(self) -> str:
+        """What was found."""
+        return self.value[0]
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reason with what was seen in this case."""
+
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.sentence} ({self.detail})" if self.detail else self.reason.sentence

@@ -1,0 +1,143 @@
+"""What every pass shares: the products still to be handled, emitting nodes, and the record of what was done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp4pass import _torch
+from fp4pass.inputs import GraphInputs
+from fp4pass.match.cone import value
+from fp4pass.match.convention import ABSENT, DIVIDE, GROUP, SWIZZLED
+from fp4pass.match.products import Product, find_products
+from fp4pass.match.proof import Weight
+from fp4pass.match.reasons import Reason, Refusal
+from fp4pass.report import Entry
+
+log = logging.getLogger("fp4pass.passes")
+aten = torch.ops.aten
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Rewriter:
+    """One graph while the passes go over it.
+
+    A rewrite first emits nodes and only then, as its last step, moves the uses of the old node over. If anything
+    fails before that the graph still computes what it did, and the product is refused with the failure as its reason.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: GraphInputs, lowering: str) -> None:
+        self.graph, self.lowering = graph, lowering
+        self.rewritten: list[Entry] = []
+        self.refused: list[Entry] = []
+        self.products: list[Product] = []
+        self._at: fx.Node | None = None
+        found = find_products(graph, inputs)
+        self.products = [p for p in found if isinstance(p.weight, Weight)]
+        for product in found:
+            if isinstance(product.weight, Refusal):
+                self.refuse(product, product.weight)
+
+    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """Emit a call before the node that is being replaced, with its fake result."""
+        with self.graph.inserting_before(self._at):
+            node = self.graph.call_function(target, args)
+        values = fx.node.map_arg(args, lambda n: n.meta["val"])
+        node.meta["val"] = target(*values)
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if name in self._at.meta:
+                node.meta[name] = self._at.meta[name]
+        return node
+
+    def replace(self, products: Sequence[Product], at: fx.Node, op: str, build: Callable[[], fx.Node]) -> bool:
+        """Put what ``build`` emits in the place of ``at``, and record ``products`` as done. False if it failed."""
+        self._at = at
+        try:
+            new = build()
+            _check_same(at, new)
+        except Exception as error:  # whatever went wrong, the graph is still whole: say so and leave it
+            log.exception("rewriting %s failed", at)
+            for product in products:
+                self.refuse(product, Refusal(Reason.FAILED, f"{type(error).__name__}: {error}"))
+            return False
+        at.replace_all_uses_with(new)
+        self.rewritten.append(self._entry(products, op))
+        log.debug("%s -> %s for %s", at, op, products)
+        self._drop(products)
+        return True
+
+    def refuse(self, product: Product, refusal: Refusal) -> None:
+        """Leave a product, with the reason."""
+        entry = self._entry([product], str(product.node.target))
+        self.refused.append(replace(entry, lowering="", reason=str(refusal), remedy=refusal.reason.remedy))
+        self._drop([product])
+
+    def operands(self, product: Product) -> tuple[fx.Node, fx.Node, fx.Node | None, str]:
+        """(codes, scale, global scale, layout) as the ops take them, emitting what turns them into that."""
+        roles, convention = product.weight.roles, product.weight.convention
+        codes, scale, factor = roles.codes, roles.scale, roles.global_scale
+        if value(codes).dtype != torch.uint8:
+            codes = self.call(aten.view.dtype, codes, torch.uint8)
+        if value(scale).dtype != torch.uint8:
+            scale = self.call(aten.view.dtype, scale, torch.uint8)
+        lead = [] if roles.experts is None else [roles.experts]
+        want = [*lead, roles.n, roles.k // GROUP]
+        if convention.scales == SWIZZLED:
+            scale = self._unswizzled(scale, want)
+        elif list(value(scale).shape) != want:
+            scale = self.call(aten.reshape.default, scale, want)
+        if factor is not None:
+            factor = self._factor(factor, convention.global_scale, lead)
+        return codes, scale, factor, convention.layout
+
+    def _unswizzled(self, scale: fx.Node, want: list[int]) -> fx.Node:
+        *_, rows, groups = want
+        tiles = self.call(aten.reshape.default, scale, [-1, rows // 128, groups // 4, 32, 4, 4])
+        return self.call(aten.reshape.default, self.call(aten.permute.default, tiles, [0, 1, 4, 3, 2, 5]), want)
+
+    def _factor(self, factor: fx.Node, mode: str, lead: list[int]) -> fx.Node | None:
+        """The global scale in float32, as a multiplier, one value or one an expert."""
+        if mode == ABSENT:
+            return None
+        if value(factor).dtype != torch.float32:
+            factor = self.call(torch.ops.prims.convert_element_type.default, factor, torch.float32)
+        if mode == DIVIDE:
+            factor = self.call(aten.reciprocal.default, factor)
+        shape = lead if value(factor).numel() > 1 else []
+        return factor if list(value(factor).shape) == shape else self.call(aten.reshape.default, factor, shape)
+
+    def _entry(self, products: Sequence[Product], op: str) -> Entry:
+        first = products[0]
+        codes = value(first.codes)
+        weight = first.weight
+        positions = (_torch.input_position(p.codes) for p in products)
+        return Entry(
+            module="",
+            op=op,
+            n=codes.shape[-2],
+            k=weight.roles.k if isinstance(weight, Weight) else 2 * codes.shape[-1],
+            experts=codes.shape[0] if codes.dim() == 3 else 0,
+            source=str(weight.convention) if isinstance(weight, Weight) else "",
+            lowering=self.lowering,
+            inputs=tuple(p for p in positions if p is not None),
+        )
+
+    def _drop(self, done: Sequence[Product]) -> None:
+        nodes = {p.node for p in done}
+        self.products = [p for p in self.products if p.node not in nodes]
+
+
+def _check_same(old: fx.Node, new: fx.Node) -> None:
+    """The replacement must have the shape and dtype of what it replaces."""
+    before, after = value(old), value(new)
+    if before.dtype != after.dtype or before.dim() != after.dim():
+        raise AssertionError(f"{old} is {before.dtype} {before.shape}, its replacement {after.dtype} {after.shape}")
+    for a, b in zip(before.shape, after.shape, strict=True):
+        if isinstance(a, int) and isinstance(b, int) and a != b:
+            raise AssertionError(f"{old} has shape {before.shape}, its replacement {after.shape}")

@@ -1,0 +1,130 @@
+"""The passes in their order, and the one graph pass that Inductor is handed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import fp4pass.lowering
+from fp4pass import _torch
+from fp4pass.errors import GradientError
+from fp4pass.inputs import CallInputs, GraphInputs
+from fp4pass.match.reasons import Reason, Refusal
+from fp4pass.options import Options
+from fp4pass.passes.experts import rewrite_experts
+from fp4pass.passes.linear import rewrite_linear
+from fp4pass.passes.rewriter import Rewriter
+from fp4pass.report import Report
+from fp4pass.target import Target
+
+log = logging.getLogger("fp4pass.pipeline")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite, its name for ``options={"disable": [...]}``, and why it stands where it does."""
+
+    name: str
+    run: Callable[[Rewriter], None]
+    why_here: str
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("linear", rewrite_linear, "first: single matrices, which no later pass looks at"),
+    Pass("experts", rewrite_experts, "last: what no whole block took"),
+)
+
+
+class Fp4Pass(_torch.CustomGraphPass):
+    """Runs on the graph that autograd traced, joint or inference, before Inductor's own passes.
+
+    That early the weights' decode is still as written, whatever Inductor folds or freezes later, and a joint graph can
+    be rewritten before the choice of what is saved for its backward.
+    """
+
+    def __init__(self, options: Options, target: Target, call: CallInputs) -> None:
+        self._options, self._target, self._call = options, target, call
+        self._before = _torch.user_joint_passes()
+        self.report: Report | None = None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite ``graph`` in place and leave the outcome in ``report``."""
+        for other in self._before:
+            other(graph)
+        rewriter = Rewriter(graph, GraphInputs(self._call), self._target.lowering)
+        if self._target.refusal is not None:
+            self._refuse_rest(rewriter, Refusal(self._target.refusal, self._target.name))
+        for each in PASSES:
+            if each.name not in self._options.disable:
+                each.run(rewriter)
+        self._refuse_rest(rewriter, Refusal(Reason.DISABLED, ", ".join(self._options.disable)))
+        graph.eliminate_dead_code()
+        graph.lint()
+        self.report = Report(tuple(rewriter.rewritten), tuple(rewriter.refused), self._target.name)
+        if _torch.is_training(graph):
+            _refuse_saved_weights(self.report)
+        if self._options.check:
+            check_metadata(graph)
+
+    def uuid(self) -> Any:
+        """Everything that the outcome depends on beside the graph; None (no caching) if another pass has none."""
+        others = [getattr(other, "uuid", lambda: None)() for other in self._before]
+        if any(other is None for other in others):
+            return None
+        return ("fp4pass", sources_digest(), repr(self._options), repr(self._target), self._call.digest(), *others)
+
+    def _refuse_rest(self, rewriter: Rewriter, refusal: Refusal) -> None:
+        for product in list(rewriter.products):
+            rewriter.refuse(product, refusal)
+
+
+def _refuse_saved_weights(report: Report) -> None:
+    """A refused product in a joint graph would save its dequantized weight for the backward."""
+    if report.refused:
+        first = report.refused[0]
+        raise GradientError(
+            "gradients flow through a quantized product that was not rewritten",
+            seen=f"{len(report.refused)} of them; the first is {first.op} ({first.n} x {first.k}): {first.reason}",
+            expected="every quantized product rewritten, so that no dequantized weight is saved for the backward",
+            do=f"call the model under torch.no_grad() or torch.inference_mode(), or: {first.remedy}",
+        )
+
+
+def check_metadata(graph: fx.Graph) -> None:
+    """Compute every node's fake result again and compare it with the recorded one (shape, dtype).
+
+    Raises:
+        AssertionError: a pass has left a node whose metadata does not hold.
+    """
+    for node in graph.nodes:
+        recorded = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(recorded, torch.Tensor):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        found = node.target(*args, **kwargs)
+        same = found.dtype == recorded.dtype and len(found.shape) == len(recorded.shape)
+        if not same or any(
+            isinstance(a, int) and isinstance(b, int) and a != b
+            for a, b in zip(found.shape, recorded.shape, strict=True)
+        ):
+            raise AssertionError(
+                f"{node} gives {found.dtype} {found.shape}, recorded {recorded.dtype} {recorded.shape}"
+            )
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A hash of fp4pass's own sources, so that no graph compiled by another state of them is taken from a cache."""
+    found = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(fp4pass.lowering.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()

@@ -1,0 +1,166 @@
+"""What became of every quantized product: rewritten, or left as it was and why."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One product, or one block of experts.
+
+    module: its name in the model, "" where it is not known. op: what it is now, or the product that was left.
+    n, k: rows and columns of the weight (of the first product for a block of experts); experts: their number, 0 for a
+    single matrix. source: the convention in which the weight is written. lowering: what computes it now. reason,
+    remedy: why it was left, and what to do. inputs: positions of its codes among the compiled call's inputs.
+    """
+
+    module: str
+    op: str
+    n: int = 0
+    k: int = 0
+    experts: int = 0
+    source: str = ""
+    lowering: str = ""
+    reason: str = ""
+    remedy: str = ""
+    inputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one compile (or of all graphs of one `explain`)."""
+
+    rewritten: tuple[Entry, ...] = ()
+    refused: tuple[Entry, ...] = ()
+    target: str = ""
+
+    def __add__(self, other: Report) -> Report:
+        target = self.target or other.target
+        return Report(self.rewritten + other.rewritten, self.refused + other.refused, target)
+
+    def __bool__(self) -> bool:
+        return bool(self.rewritten or self.refused)
+
+    def to_json(self) -> str:
+        """The report as JSON: ``{"target": ..., "rewritten": [...], "refused": [...]}``."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of `to_json`."""
+        found = json.loads(text)
+
+        def entries(rows: Iterable[Mapping[str, Any]]) -> tuple[Entry, ...]:
+            return tuple(Entry(**{**row, "inputs": tuple(row["inputs"])}) for row in rows)
+
+        return cls(entries(found["rewritten"]), entries(found["refused"]), found["target"])
+
+    def named(self, names: Sequence[str]) -> Report:
+        """With module names from the inputs of the present call: ``names[i]`` is where input i comes from."""
+
+        def name(entry: Entry) -> Entry:
+            return replace(entry, module=common_module([names[i] for i in entry.inputs if i < len(names)]))
+
+        return replace(self, rewritten=tuple(map(name, self.rewritten)), refused=tuple(map(name, self.refused)))
+
+    def __str__(self) -> str:
+        total = len(self.rewritten) + len(self.refused)
+        if not total:
+            return "fp4pass: no quantized product in this graph"
+        head = f"fp4pass: {len(self.rewritten)} of {total} quantized products rewritten ({self.target})"
+        done = [(e.module or "?", e.op, _shape(e), e.lowering, e.source) for e in _fold(self.rewritten)]
+        lines = [head, *_table(("module", "now", "weight", "lowering", "source"), done)]
+        for entry in _fold(self.refused):
+            lines.append(f"left: {entry.module or '?'} {entry.op} {_shape(entry)}")
+            lines += [f"  why: {entry.reason}", f"  do:  {entry.remedy}"]
+        return "\n".join(lines)
+
+
+def common_module(names: Sequence[str]) -> str:
+    """The module that owns all of these tensors: ``[a.b.up, a.b.down]`` -> ``a.b``; a lone ``x.weight`` -> ``x``."""
+    parts = [name.split(".") for name in names if name]
+    if not parts:
+        return ""
+    if len(parts) == 1:
+        *owner, last = parts[0]
+        return ".".join(owner if owner and last in ("weight", "weight_packed", "qdata") else parts[0])
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return ".".join(column[0] for column in shared)
+
+
+def _shape(entry: Entry) -> str:
+    return f"{f'{entry.experts} x ' if entry.experts else ''}{entry.n} x {entry.k}"
+
+
+def _fold(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries alike but for a layer number as one, with the numbers in the name: ``layers.{0,2}.mixer``."""
+    groups: dict[Any, list[Entry]] = {}
+    for entry in entries:
+        parts = entry.module.split(".")
+        digits = [i for i, part in enumerate(parts) if part.isdigit()]
+        key_parts = tuple("#" if i in digits[:1] else part for i, part in enumerate(parts))
+        groups.setdefault((key_parts, replace(entry, module="", inputs=())), []).append(entry)
+    folded = []
+    for (key_parts, _), members in groups.items():
+        layers = [next((p for p in e.module.split(".") if p.isdigit()), "") for e in members]
+        name = ".".join(key_parts).replace("#", layers[0] if len(members) == 1 else "{" + ",".join(layers) + "}")
+        folded.append(replace(members[0], module=name))
+    return folded
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+
+
+class Store:
+    """Reports on disk, so that a graph that comes from the compile cache still has one."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def save(self, key: str, report: Report) -> None:
+        """Keep ``report`` under ``key``. A reader sees the old one or the new one, never half of one."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self._directory)
+        with os.fdopen(handle, "w") as file:
+            file.write(report.to_json())
+        os.replace(temporary, self._directory / f"{key}.json")
+
+    def load(self, key: str) -> Report | None:
+        """The report kept under ``key``, or None if there is none that can be read."""
+        try:
+            return Report.from_json((self._directory / f"{key}.json").read_text())
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+_last = Report()
+_lock = threading.Lock()
+
+
+def last_report() -> Report:
+    """The report of the latest compile with ``backend="fp4pass"`` in this process that met quantized weights."""
+    with _lock:
+        return _last
+
+
+def remember(report: Report) -> None:
+    """Make ``report`` the one that `last_report` gives, if it says anything."""
+    global _last
+    if report:
+        with _lock:
+            _last = report
