@@ -1,0 +1,150 @@
+"""What each GPU generation gets: limits, tiles, splits, and the support matrix that the README prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from fp4pass.errors import DeviceError
+
+FIRST_SM, FIRST_NATIVE_SM = 80, 100
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration: rows of x, rows of weight and depth of a tile; warps; stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keywords for a kernel that has these block sizes as constants."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# By the most rows of x that a tile is meant for; None: any number. Checked on every GPU generation by the compile tests
+# and on the device by the gpu tests. 128x128x64 needs 8 warps: with 4 it gave wrong sums.
+_HALF = ((16, Tile(16, 64, 128, 4, 4)), (64, Tile(64, 64, 128, 4, 3)), (None, Tile(128, 128, 64, 8, 3)))
+# float32 products run on the ordinary multipliers, where a wide tile only costs registers.
+_SINGLE = ((16, Tile(16, 64, 32, 4, 2)), (None, Tile(32, 64, 32, 4, 2)))
+# The product over N: block_n is the depth there and block_k the width.
+_BACKWARD_HALF = Tile(64, 32, 64, 4, 2)
+_BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
+
+_MOST_SPLITS = 16
+_FEWEST_STEPS_A_SPLIT = 4
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One GPU generation. ``shared_memory`` is the most bytes a block may have."""
+
+    sm: int
+    example: str
+    shared_memory: int
+    multiprocessors: int
+    wgmma: bool
+    fp8: bool
+
+    def tile(self, rows: int, dtype: torch.dtype) -> Tile:
+        """The tile of a product over K with ``rows`` rows of x (expected rows an expert, for experts)."""
+        choices = _SINGLE if dtype == torch.float32 else _HALF
+        return next(tile for most, tile in choices if most is None or rows <= most)
+
+    def backward_tile(self, dtype: torch.dtype) -> Tile:
+        """The tile of a product over N."""
+        return _BACKWARD_SINGLE if dtype == torch.float32 else _BACKWARD_HALF
+
+    def splits(self, tiles: int, steps: int) -> int:
+        """Into how many parts to cut a K of ``steps`` blocks, so that ``tiles`` output tiles fill the GPU twice."""
+        wanted = 2 * self.multiprocessors // max(1, tiles)
+        return max(1, min(wanted, steps // _FEWEST_STEPS_A_SPLIT, _MOST_SPLITS))
+
+
+ARCHS = {
+    arch.sm: arch
+    for arch in (
+        Arch(80, "A100", 163 << 10, 108, wgmma=False, fp8=False),
+        Arch(86, "A10, RTX 3090", 99 << 10, 84, wgmma=False, fp8=False),
+        Arch(89, "L40S, RTX 4090", 99 << 10, 142, wgmma=False, fp8=True),
+        Arch(90, "H100, H200", 227 << 10, 132, wgmma=True, fp8=True),
+    )
+}
+"""The generations with kernels, by SM number."""
+
+
+def target(device: torch.device | int) -> Arch:
+    """The generation of a CUDA device, or of an SM number such as 90.
+
+    An SM between two known ones (87, say) gets the settings of the one below. Raises DeviceError below SM80, from SM100
+    on (native FP4), and for a device that is no GPU.
+    """
+    sm = device if isinstance(device, int) else _sm_of(device)
+    if sm < FIRST_SM:
+        raise DeviceError(
+            "the kernels do not run on this GPU: it is below SM80",
+            seen=f"SM{sm}",
+            expected=f"SM{FIRST_SM} to SM{FIRST_NATIVE_SM - 1}; bfloat16 tensor cores came with SM{FIRST_SM}",
+            do="use a GPU of the Ampere generation or later, or the CPU",
+        )
+    if sm >= FIRST_NATIVE_SM:
+        raise DeviceError(
+            "the kernels are not for this GPU: it has native FP4",
+            seen=f"SM{sm}",
+            expected=f"SM{FIRST_SM} to SM{FIRST_NATIVE_SM - 1}",
+            do="run the checkpoint without fp4pass: the GPU multiplies FP4 itself",
+        )
+    return ARCHS[max(known for known in ARCHS if known <= sm)]
+
+
+def _sm_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        raise DeviceError(
+            "the kernels need a CUDA device",
+            seen=f"operands on {device}",
+            expected="operands on a CUDA device",
+            do="move them there, or call torch.ops.fp4pass.*, which has an implementation for the CPU",
+        )
+    return _sm_of_index(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _sm_of_index(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def configurations(arch: Arch) -> Iterator[tuple[str, torch.dtype, Tile]]:
+    """Every (regime, dtype, tile) that a call on ``arch`` can pick; regime is ``product`` or ``backward``."""
+    for dtype in DTYPES:
+        for rows in sorted({most or 1 << 30 for most, _ in _HALF + _SINGLE}):
+            tile = arch.tile(rows, dtype)
+            if rows == 1 << 30 or tile != arch.tile(rows + 1, dtype):
+                yield "product", dtype, tile
+        yield "backward", dtype, arch.backward_tile(dtype)
+
+
+def support_matrix() -> str:
+    """The README's table of GPUs, in Markdown."""
+    lines = ["| GPU | SM | NVFP4 weights | activations | tensor core products |", "| --- | --- | --- | --- | --- |"]
+    lines.append(f"| before Ampere | < {FIRST_SM} | refused | | |")
+    for arch in ARCHS.values():
+        products = "wgmma (bf16, fp16)" if arch.wgmma else "mma.sync (bf16, fp16)"
+        lines.append(f"| {arch.example} | {arch.sm} | fused Triton kernels | bf16, fp16, fp32 | {products} |")
+    lines.append(f"| Blackwell and later | >= {FIRST_NATIVE_SM} | left to the GPU's own FP4 | | |")
+    lines.append("| none | CPU | reference kernels | bf16, fp16, fp32 | |")
+    return "\n".join(lines)

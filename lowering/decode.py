@@ -1,0 +1,134 @@
+"""The one tile decoder that every kernel uses: words of codes and scale bytes in, exact code x scale out.
+
+Two forms of the same function. The plain form is ordinary Triton and also runs in Triton's interpreter; the assembly
+form is for bfloat16 and float16 and takes about a third of the instructions.
+
+Why it is exact. Shifted into place, the bits of a code or of a scale read as a 16-bit float are its value times a power
+of two, because the exponent fields line up and so do the subnormals; multiplying by powers of two loses nothing; and
+code x scale has at most 6 significant bits (8 fit bfloat16). A scale byte 0x7F or 0xFF, E4M3's NaN, comes out as 480 or
+-480: look for those when loading.
+
+=========  =====================  ====================  ==========================
+form       code's bits            scale's bits          result
+=========  =====================  ====================  ==========================
+plain      fp16: code * 2^-14     fp16: scale * 2^-8    code * scale
+asm bf16   bf16: code * 2^-126    bf16: scale * 2^-120  code * scale * 2^-7
+asm fp16   fp16: code * 2^-14     fp16: scale * 2^-8    code * scale * 2^-7
+=========  =====================  ====================  ==========================
+
+The factor 2^7 that the assembly form leaves out (``code * scale * 2^119`` would overflow otherwise) goes into the
+global scale: see :func:`undo_factor`.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202  (a kernel's parameters are pointers and constants, which Triton types itself)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def undo_factor(asm):
+    """What the sum of products must be multiplied with, beside the global scale."""
+    return 128.0 if asm else 1.0
+
+
+@triton.constexpr_function
+def scale_assembly(half):
+    """A scale byte ``$1`` -> ``$0``, two copies of scale * 2^119 (bfloat16) or of scale * 2^7 (float16: ``half``).
+
+    ``fma`` with -0 is a multiplication that SM80 has too (``mul.bf16x2`` came with SM90), and keeps the sign of zero.
+    """
+    shift, kind = (7, "f16x2") if half else (4, "bf16x2")
+    factors = (0x78007800,) if half else (0x7B807B80, 0x7B007B00)
+    multiplications = "".join(f"mov.b32 f, {factor:#x}; fma.rn.{kind} a, a, f, z;" for factor in factors)
+    return (
+        "{ .reg .b32 a, b, f, z; mov.b32 z, 0x80008000;"
+        "shl.b32 a, $1, 8; and.b32 a, a, 0x8000;"
+        f"and.b32 b, $1, 0x7f; shl.b32 b, b, {shift}; or.b32 a, a, b;"
+        "prmt.b32 a, a, a, 0x1010;"
+        f"{multiplications} mov.b32 $0, a; }}"
+    )
+
+
+@triton.constexpr_function
+def codes_assembly(layout, half):
+    """A word ``$8`` and a pair of scales ``$9`` -> eight products ``$0 .. $7`` in natural order."""
+    # The slot of the word that holds each k; see layout.py.
+    slots = {"plain": "01234567", "plain_high_first": "10325476", "interleaved": "37261504"}[layout]
+    down, kind = (3, "f16x2") if half else (6, "bf16x2")
+    lines = ["{ .reg .b32 t, u, m, z; mov.b32 z, 0x80008000;"]
+    for k in range(0, 8, 2):
+        # Bring the codes k and k+1 to the top of the lower and of the upper half.
+        to_low, to_high = 12 - 4 * int(slots[k]), 28 - 4 * int(slots[k + 1])
+        lines.append(f"shl.b32 t, $8, {to_low};" if to_low >= 0 else f"shr.u32 t, $8, {-to_low};")
+        if to_low != to_high:
+            lines.append(f"shl.b32 u, $8, {to_high};")
+            lines.append("and.b32 t, t, 0xf000; and.b32 u, u, 0xf0000000; or.b32 t, t, u;")
+        lines.append(f"and.b32 m, t, 0x70007000; shr.u32 m, m, {down}; and.b32 t, t, 0x80008000; or.b32 t, t, m;")
+        lines.append(f"fma.rn.{kind} t, t, $9, z; mov.b32 {{${k}, ${k + 1}}}, t;")
+    return "".join(lines) + "}"
+
+
+@triton.jit
+def decode_tile(words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """words int32 ``[R, C/8]``, scale uint8 ``[R, C/16]`` -> ``DTYPE [R, C]`` in natural order, / undo_factor(ASM)."""
+    tl.static_assert(words.dtype == tl.int32, "codes are loaded as 32-bit words")
+    tl.static_assert(scale.dtype == tl.uint8, "scales are loaded as bytes")
+    tl.static_assert(words.shape[1] == 2 * scale.shape[1], "one scale byte for each two words")
+    if ASM:
+        return _decode_by_assembly(words, scale, LAYOUT, DTYPE)
+    return _decode_plainly(words, scale, LAYOUT).to(DTYPE)
+
+
+@triton.jit
+def _decode_plainly(words, scale, LAYOUT: tl.constexpr):
+    ROWS: tl.constexpr = words.shape[0]
+    GROUPS: tl.constexpr = scale.shape[1]
+    k = tl.arange(0, 8)
+    if LAYOUT == "interleaved":
+        slots = 3 - k // 2 + 4 * (k % 2)
+    elif LAYOUT == "plain_high_first":
+        slots = k ^ 1
+    else:
+        tl.static_assert(LAYOUT == "plain", "unknown layout")
+        slots = k
+    nibbles = words[:, :, None] >> (4 * slots)[None, None, :]
+    bits = ((nibbles & 8) << 12) | ((nibbles & 7) << 9)
+    codes = bits.to(tl.int16).to(tl.float16, bitcast=True) * 16384.0
+    byte = scale.to(tl.int32)
+    bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    factors = bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    products = tl.reshape(codes, (ROWS, GROUPS, 16)) * factors[:, :, None]
+    return tl.reshape(products, (ROWS, GROUPS * 16))
+
+
+@triton.jit
+def _decode_by_assembly(words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+    tl.static_assert(DTYPE.is_bf16() or DTYPE.is_fp16(), "the assembly makes packed 16-bit products")
+    HALF: tl.constexpr = DTYPE.is_fp16()
+    ROWS: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    SCALE_ASSEMBLY: tl.constexpr = scale_assembly(HALF)
+    CODES_ASSEMBLY: tl.constexpr = codes_assembly(LAYOUT, HALF)
+    factors = tl.inline_asm_elementwise(
+        SCALE_ASSEMBLY, "=r,r", [scale.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1
+    )
+    # Two words share a block.
+    factors = tl.broadcast_to(factors[:, :, None], (ROWS, WORDS // 2, 2))
+    factors = tl.reshape(factors, (ROWS, WORDS))
+    # One word in, eight 16-bit results out: with several elements an asm call the compiler may hand over registers
+    # that are no neighbours.
+    p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
+        CODES_ASSEMBLY,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [words, factors],
+        dtype=(tl.int16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
+    odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
+    natural = tl.reshape(tl.join(even, odd), (ROWS, WORDS * 8))
+    return natural.to(DTYPE, bitcast=True)

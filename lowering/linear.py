@@ -1,0 +1,228 @@
+"""Dense products: kernels and their launch. ``x @ weight.T`` over K, and ``grad @ weight`` over N for the backward."""
+
+# ruff: noqa: ANN001, ANN201  (a kernel's parameters are pointers and constants, which Triton types itself)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fp4pass.errors import ArgumentError
+
+from .arch import Arch, Tile, target
+from .decode import decode_tile
+from .tile import product_tile, times_global
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x,
+    words,
+    scale,
+    global_scale,
+    bias,
+    out,
+    M,
+    N,
+    stride_xm,
+    stride_xk,
+    K: tl.constexpr,
+    STEPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of ``out [M, N]``; with SPLITS > 1 one part of its sum, raw, into ``out`` float32 ``[SPLITS, M, N]``."""
+    # Tiles of the same weight rows follow each other, so that they meet in the L2 cache.
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_n = tl.program_id(1) * BLOCK_N
+    part = tl.program_id(2)
+    x_rows = m.to(tl.int64) * stride_xm
+    first_k = part * (STEPS * BLOCK_K)
+    acc = product_tile(
+        x, x_rows, m < M, stride_xk, words, scale, first_n, N, first_k, K, STEPS, LAYOUT, ASM, BLOCK_N, BLOCK_K
+    )
+    n = first_n + tl.arange(0, BLOCK_N)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    target_rows = out + m.to(tl.int64)[None, :] * N + n[:, None]
+    if SPLITS > 1:
+        tl.store(target_rows + part.to(tl.int64) * M * N, acc, mask=inside)
+    else:
+        acc = times_global(acc, global_scale, ASM)
+        if bias is not None:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(target_rows, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def sum_parts_kernel(
+    parts,
+    global_scale,
+    bias,
+    out,
+    M,
+    N,
+    SPLITS: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``out [M, N]``: the parts float32 ``[SPLITS, M, N]`` summed in order, then global scale and bias."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLITS):
+        acc += tl.load(parts + (part * M + row) * N + n, mask=n < N, other=0.0)
+    acc = times_global(acc, global_scale, ASM)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + row * N + n, acc.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_backward_kernel(
+    grad,
+    words,
+    scale,
+    global_scale,
+    out,
+    M,
+    stride_gm,
+    stride_gn,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of ``out [M, K]`` = grad ``[M, N]`` @ weight ``[N, K]``."""
+    tl.static_assert(K % 16 == 0, "K is a multiple of the 16 codes that share a scale")
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_k = tl.program_id(1) * BLOCK_K
+    word = first_k // 8 + tl.arange(0, BLOCK_K // 8)
+    group = first_k // 16 + tl.arange(0, BLOCK_K // 16)
+    grad_rows = grad + m.to(tl.int64)[:, None] * stride_gm
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for first_n in range(0, N, BLOCK_N):
+        n = first_n + tl.arange(0, BLOCK_N)
+        row = n.to(tl.int64)[:, None]
+        in_n = (n < N)[:, None]
+        word_tile = tl.load(words + row * (K // 8) + word[None, :], mask=in_n & (word < K // 8)[None, :], other=0)
+        scale_tile = tl.load(scale + row * (K // 16) + group[None, :], mask=in_n & (group < K // 16)[None, :], other=0)
+        grad_tile = tl.load(grad_rows + n[None, :] * stride_gn, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+        weight = decode_tile(word_tile, scale_tile, LAYOUT, grad.dtype.element_ty, ASM)
+        acc = tl.dot(grad_tile, weight, acc, input_precision="ieee")
+    acc = times_global(acc, global_scale, ASM)
+    k = first_k + tl.arange(0, BLOCK_K)
+    tl.store(
+        out + m.to(tl.int64)[:, None] * K + k[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=(m < M)[:, None] & (k < K)[None, :],
+    )
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    layout: str,
+    *,
+    arch: Arch | None = None,
+    asm: bool = True,
+) -> torch.Tensor:
+    """Launch of ``fp4pass::linear``; see ops.py. ``arch`` and ``asm=False`` are for the interpreter's sake."""
+    arch = arch or target(x.device)
+    n, k = codes.shape[0], codes.shape[1] * 2
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    out = x.new_empty((m, n))
+    if out.numel() == 0:
+        return out.view(*x.shape[:-1], n)
+    tile = arch.tile(m, x.dtype)
+    asm = asm and x.dtype != torch.float32
+    tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
+    steps = triton.cdiv(k, tile.block_k)
+    splits = arch.splits(tiles[0] * tiles[1], steps)
+    # Rounding the steps of a part up may leave the last parts empty: no need for those.
+    steps_a_part = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, steps_a_part)
+    parts = out if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
+    linear_kernel[(*tiles, splits)](
+        rows,
+        words_of(codes),
+        scale,
+        global_scale,
+        bias,
+        parts,
+        m,
+        n,
+        rows.stride(0),
+        rows.stride(1),
+        K=k,
+        STEPS=steps_a_part,
+        SPLITS=splits,
+        LAYOUT=layout,
+        ASM=asm,
+        **tile.launch,
+    )
+    if splits > 1:
+        block = 256
+        sum_parts_kernel[(m, triton.cdiv(n, block))](
+            parts, global_scale, bias, out, m, n, SPLITS=splits, ASM=asm, BLOCK=block, num_warps=4
+        )
+    return out.view(*x.shape[:-1], n)
+
+
+def linear_backward(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    layout: str,
+    *,
+    arch: Arch | None = None,
+    asm: bool = True,
+) -> torch.Tensor:
+    """Launch of ``fp4pass::linear_backward``; see ops.py."""
+    arch = arch or target(grad.device)
+    n, k = codes.shape[0], codes.shape[1] * 2
+    rows = grad.reshape(-1, n)
+    m = rows.shape[0]
+    out = grad.new_empty((m, k))
+    if out.numel() and n:
+        tile: Tile = arch.backward_tile(grad.dtype)
+        linear_backward_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(k, tile.block_k))](
+            rows,
+            words_of(codes),
+            scale,
+            global_scale,
+            out,
+            m,
+            rows.stride(0),
+            rows.stride(1),
+            N=n,
+            K=k,
+            LAYOUT=layout,
+            ASM=asm and grad.dtype != torch.float32,
+            **tile.launch,
+        )
+    return out.view(*grad.shape[:-1], k)
+
+
+def words_of(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 ``[..., K/2]`` seen as 32-bit words int32 ``[..., K/8]``; ArgumentError if they start off a word."""
+    if codes.storage_offset() % 4:
+        raise ArgumentError(
+            "codes do not start at a multiple of 4 bytes",
+            seen=f"storage offset {codes.storage_offset()}",
+            expected="codes that begin on a 32-bit word of their storage",
+            do="call .clone() on the codes once, at load",
+        )
+    return codes.view(torch.int32)

@@ -1,0 +1,280 @@
+# ruff: noqa: ANN001, ANN201  (a kernel's parameters are pointers and constants, which Triton types itself)
+
+"""Products of experts: kernels and their launch.
+
+A *slot* is one row of a product and the expert it goes to: row ``s`` of ``gathered_linear``, or the pair (token ``t``,
+choice ``j``) with number ``t * k + j`` in ``experts``. Few slots run directly, a program for each slot and tile of N.
+Many are first sorted by expert, on the device and without a host sync, so that a tile holds slots of one expert.
+Sizes depend on shapes alone, so that everything can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .arch import Arch, Tile, target
+from .linear import words_of
+from .reference import expert_of_row
+from .tile import product_tile, times_global
+
+# Up to here a program a slot is cheaper than sorting, although two slots may read the same weight.
+_MOST_DIRECT_SLOTS = 64
+
+
+@triton.jit(do_not_specialize=["slots_of_x"])
+def expert_product_kernel(
+    x,
+    words,
+    scale,
+    global_scale,
+    weights,
+    out,
+    experts,
+    order,
+    ends,
+    block_ends,
+    N,
+    EXPERTS,
+    slots_of_x,
+    stride_xm,
+    stride_xk,
+    global_stride,
+    K: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Block ``b``, all of expert ``experts[b]``: rows of ``out [slots, N]``. Without a valid expert it ends at once.
+
+    With ``order`` None block b is slot b alone. Otherwise ``order`` lists the slots sorted by expert, ``ends [E]`` the
+    cumulative number of slots and ``block_ends [E]`` of blocks. Slot s reads row ``s // slots_of_x`` of x.
+    """
+    tl.static_assert(K % 16 == 0, "K is a multiple of the 16 codes that share a scale")
+    block = tl.program_id(0)
+    first_n = tl.program_id(1) * BLOCK_N
+    expert = tl.load(experts + block).to(tl.int64)
+    if (expert < 0) | (expert >= EXPERTS):
+        return
+    lane = tl.arange(0, BLOCK_M)
+    if order is None:
+        live = lane == 0
+        slot = tl.where(live, block, 0).to(tl.int64)
+    else:
+        block_begin = tl.load(block_ends + expert - 1, mask=expert > 0, other=0)
+        begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        position = begin + (block - block_begin) * BLOCK_M + lane
+        live = position < tl.load(ends + expert)
+        slot = tl.load(order + position, mask=live, other=0).to(tl.int64)
+    x_rows = (slot // slots_of_x) * stride_xm
+    acc = product_tile(
+        x,
+        x_rows,
+        live,
+        stride_xk,
+        words + expert * N * (K // 8),
+        scale + expert * N * (K // 16),
+        first_n,
+        N,
+        0,
+        K,
+        STEPS,
+        LAYOUT,
+        ASM,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if global_scale is not None:
+        global_scale += expert * global_stride
+    acc = times_global(acc, global_scale, ASM)
+    # relu2 and silu are not homogeneous: they come after the global scale.
+    if ACTIVATION == "relu2":
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = acc * acc
+    elif ACTIVATION == "silu":
+        acc = acc * tl.sigmoid(acc)
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+    if weights is not None:
+        acc = acc * tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[None, :]
+    n = first_n + tl.arange(0, BLOCK_N)
+    tl.store(
+        out + slot[None, :] * N + n[:, None],
+        acc.to(out.dtype.element_ty),
+        mask=(n < N)[:, None] & live[None, :],
+    )
+
+
+@triton.jit
+def sum_slots_kernel(slots, ids, out, N, EXPERTS, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """``out [T, N]``: the sum of a token's CHOICES rows of ``slots`` float32; a row of no valid expert is not read."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(CHOICES):
+        slot = token * CHOICES + choice
+        expert = tl.load(ids + slot)
+        columns = tl.where((expert >= 0) & (expert < EXPERTS), N, 0)
+        acc += tl.load(slots + slot * N + n, mask=n < columns, other=0.0)
+    tl.store(out + token * N + n, acc.to(out.dtype.element_ty), mask=n < N)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which slots each block works on: see ``expert_product_kernel``. ``order`` is None in a direct run."""
+
+    blocks: int
+    experts: torch.Tensor
+    order: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    block_ends: torch.Tensor | None = None
+
+
+def schedule(ids: torch.Tensor, experts: int, block_m: int) -> Schedule:
+    """The schedule of slots with expert ids ``[S]``, in tiles of ``block_m``; ids outside ``[0, experts)`` drop out.
+
+    Every tensor's size follows from S and ``experts`` alone: blocks that turn out not to be needed get an expert
+    outside the range.
+    """
+    count = ids.shape[0]
+    if count <= _MOST_DIRECT_SLOTS:
+        return Schedule(count, ids)
+    ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
+    by_expert, order = torch.sort(ids, stable=True)
+    numbers = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+    ends = torch.searchsorted(by_expert, numbers, right=True)
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+    block_ends = ((sizes + block_m - 1) // block_m).cumsum(0)
+    # An expert's first block needs one slot, every further one block_m more.
+    nonempty = min(count, experts)
+    blocks = nonempty + (count - nonempty) // block_m
+    return Schedule(blocks, expert_of_row(block_ends, blocks), order, ends, block_ends)
+
+
+def gathered_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    ids: torch.Tensor,
+    layout: str,
+    *,
+    arch: Arch | None = None,
+    asm: bool = True,
+) -> torch.Tensor:
+    """Launch of ``fp4pass::gathered_linear``; see ops.py. ``arch`` and ``asm=False`` are for the interpreter's sake."""
+    arch = arch or target(x.device)
+    out = x.new_zeros((x.shape[0], codes.shape[1]))
+    if out.numel():
+        tile = _tile(arch, ids, codes.shape[0], x.dtype)
+        plan = schedule(ids.contiguous(), codes.shape[0], tile.block_m)
+        _product(plan, tile, x, (codes, scale, global_scale), None, out, 1, "none", layout, asm)
+    return out
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    offsets: torch.Tensor,
+    layout: str,
+    *,
+    arch: Arch | None = None,
+    asm: bool = True,
+) -> torch.Tensor:
+    """Launch of ``fp4pass::grouped_linear``; see ops.py."""
+    ids = expert_of_row(offsets, x.shape[0])
+    return gathered_linear(x, codes, scale, global_scale, ids, layout, arch=arch, asm=asm)
+
+
+def experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    up_codes: torch.Tensor,
+    up_scale: torch.Tensor,
+    up_global: torch.Tensor | None,
+    down_codes: torch.Tensor,
+    down_scale: torch.Tensor,
+    down_global: torch.Tensor | None,
+    activation: str,
+    layout: str,
+    *,
+    arch: Arch | None = None,
+    asm: bool = True,
+) -> torch.Tensor:
+    """Launch of ``fp4pass::experts``; see ops.py."""
+    arch = arch or target(x.device)
+    count, columns = down_codes.shape[:2]
+    tokens, choices = ids.shape
+    out = x.new_empty((tokens, columns))
+    if out.numel() == 0:
+        return out
+    flat = ids.reshape(-1)
+    tile = _tile(arch, flat, count, x.dtype)
+    plan = schedule(flat, count, tile.block_m)
+    hidden = x.new_empty((flat.shape[0], up_codes.shape[1]))
+    slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
+    up, down = (up_codes, up_scale, up_global), (down_codes, down_scale, down_global)
+    routing = weights.reshape(-1)
+    if flat.shape[0]:
+        _product(plan, tile, x, up, None, hidden, choices, activation, layout, asm)
+        _product(plan, tile, hidden, down, routing, slots, 1, "none", layout, asm)
+    block = 512
+    sum_slots_kernel[(tokens, triton.cdiv(columns, block))](
+        slots, flat, out, columns, count, CHOICES=choices, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def _tile(arch: Arch, ids: torch.Tensor, experts_count: int, dtype: torch.dtype) -> Tile:
+    slots = ids.shape[0]
+    return arch.tile(1 if slots <= _MOST_DIRECT_SLOTS else triton.cdiv(slots, experts_count), dtype)
+
+
+def _product(
+    plan: Schedule,
+    tile: Tile,
+    x: torch.Tensor,
+    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    routing: torch.Tensor | None,
+    out: torch.Tensor,
+    slots_of_x: int,
+    activation: str,
+    layout: str,
+    asm: bool,
+) -> None:
+    codes, scale, global_scale = weight
+    count, n, k = codes.shape[0], codes.shape[1], codes.shape[2] * 2
+    expert_product_kernel[(plan.blocks, triton.cdiv(n, tile.block_n))](
+        x,
+        words_of(codes),
+        scale,
+        global_scale,
+        routing,
+        out,
+        plan.experts,
+        plan.order,
+        plan.ends,
+        plan.block_ends,
+        n,
+        count,
+        slots_of_x,
+        x.stride(0),
+        x.stride(1),
+        0 if global_scale is None or global_scale.numel() == 1 else 1,
+        K=k,
+        STEPS=triton.cdiv(k, tile.block_k),
+        ACTIVATION=activation,
+        LAYOUT=layout,
+        ASM=asm and x.dtype != torch.float32,
+        **tile.launch,
+    )
