@@ -28,8 +28,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Takes the arguments of ``AutoModelForCausalLM.from_pretrained`` and does the same; it also reads
     hf_quant_config.json where config.json has no quantization_config. The model class is always the one in
-    transformers: ``trust_remote_code`` is ignored, with a warning. No parameter takes gradients; set requires_grad where
-    you want them.
+    transformers: ``trust_remote_code`` is ignored, with a warning. No parameter takes gradients; set requires_grad
+    where you want them.
 
     Raises CheckpointError for a checkpoint whose files, config or tensors are not what they should be, and VersionError
     if another package has taken ``quant_method: modelopt``.

@@ -86,8 +86,8 @@ class ModelOptQuantizer(HfQuantizer):
             # Some versions of the loader leave tensors of a renamed module in the dtype of the file.
             if parameter.dtype != self._dtypes[name]:
                 parameter.data = parameter.data.to(self._dtypes[name])
-        # The loader turns gradients on for every floating dtype, E4M3 included. Experts have no backward, so that a call
-        # outside of no_grad would fail on account of an embedding that nobody trains.
+        # The loader turns gradients on for every floating dtype, E4M3 included. Experts have no backward, so that a
+        # call outside of no_grad would fail on account of an embedding that nobody trains.
         model.requires_grad_(False)
         for module in model.modules():
             if isinstance(module, PackedModule):
