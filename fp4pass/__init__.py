@@ -1,7 +1,15 @@
-"""NVFP4 checkpoints on GPUs without FP4: a torch.compile backend that proves, rewrites and reports."""
+"""NVFP4 checkpoints on GPUs without FP4: a torch.compile backend that proves, rewrites and reports.
 
+Importing this registers the ModelOpt quantizer with transformers, so that ``from_pretrained`` loads such checkpoints.
+"""
+
+from fp4pass import nvfp4
+from fp4pass.checkpoint.load import from_pretrained
+from fp4pass.checkpoint.quantizer import register as _register
 from fp4pass.report import Report, last_report
 
 __version__ = "0.1.0"
 
-__all__ = ["Report", "last_report"]
+__all__ = ["Report", "from_pretrained", "last_report", "nvfp4"]
+
+_register()

@@ -21,6 +21,7 @@ from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import Options
 from fp4pass.passes.experts import rewrite_experts
 from fp4pass.passes.linear import rewrite_linear
+from fp4pass.passes.moe import rewrite_moe
 from fp4pass.passes.rewriter import Rewriter
 from fp4pass.report import Report
 from fp4pass.target import Target
@@ -39,6 +40,7 @@ class Pass:
 
 PASSES: tuple[Pass, ...] = (
     Pass("linear", rewrite_linear, "first: single matrices, which no later pass looks at"),
+    Pass("moe", rewrite_moe, "before their products are taken one by one: a block is only seen whole"),
     Pass("experts", rewrite_experts, "last: what no whole block took"),
 )
 
@@ -62,10 +64,9 @@ class Fp4Pass(_torch.CustomGraphPass):
         rewriter = Rewriter(graph, GraphInputs(self._call), self._target.lowering)
         if self._target.refusal is not None:
             self._refuse_rest(rewriter, Refusal(self._target.refusal, self._target.name))
-        for each in PASSES:
-            if each.name not in self._options.disable:
-                each.run(rewriter)
-        self._refuse_rest(rewriter, Refusal(Reason.DISABLED, ", ".join(self._options.disable)))
+        failures = [name for each in PASSES if (name := self._run(each, rewriter))]
+        left = Refusal(Reason.FAILED, "; ".join(failures)) if failures else Refusal(Reason.DISABLED)
+        self._refuse_rest(rewriter, left)
         graph.eliminate_dead_code()
         graph.lint()
         self.report = Report(tuple(rewriter.rewritten), tuple(rewriter.refused), self._target.name)
@@ -80,6 +81,17 @@ class Fp4Pass(_torch.CustomGraphPass):
         if any(other is None for other in others):
             return None
         return ("fp4pass", sources_digest(), repr(self._options), repr(self._target), self._call.digest(), *others)
+
+    def _run(self, each: Pass, rewriter: Rewriter) -> str:
+        """Run one pass; what went wrong if it failed. The graph is whole in any case: see `Rewriter`."""
+        if each.name in self._options.disable:
+            return ""
+        try:
+            each.run(rewriter)
+        except Exception as error:  # a failure of ours must not take the user's model down
+            log.exception("pass %s failed", each.name)
+            return f"pass {each.name}: {type(error).__name__}: {error}"
+        return ""
 
     def _refuse_rest(self, rewriter: Rewriter, refusal: Refusal) -> None:
         for product in list(rewriter.products):

@@ -37,7 +37,7 @@ def prove(cone: Cone, inputs: Inputs) -> Weight | Refusal:
     if isinstance(roles, Refusal):
         return roles
     try:
-        replay = Replay(cone, roles)
+        replay = Replay(roles.part(cone))
     except ScaleShapeError as error:
         return Refusal(Reason.GROUPS, str(error))
     weights = roles.n * roles.k * (roles.experts or 1)

@@ -1,56 +1,93 @@
-"""Run a cone again, on other values and, where its operations allow it, at other sizes."""
+"""Run part of a graph again, on other values and, where its operations allow it, at other sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from fp4pass.match.cone import Cone
-from fp4pass.match.dims import NotRescalableError, Shape, divisors
-from fp4pass.match.roles import Roles
+from fp4pass.match.dims import NotRescalableError, Shape, Symbol, divisors
 from fp4pass.match.shapes import Context, Sizes, Step, concrete, step
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What a node is taken for instead of being run: its shape, and its value from the values so far."""
+
+    shape: Shape
+    value: Callable[[Mapping[fx.Node, Any]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes of a graph in execution order, ending in ``root``, and the symbolic shapes of what they start from.
+
+    symbols: the sizes that may change. columns: literals that in a last dimension are numbers, whatever symbol has the
+    same size.
+    """
+
+    nodes: Sequence[fx.Node]
+    root: fx.Node
+    leaf_shapes: Mapping[fx.Node, Shape]
+    symbols: Sequence[Symbol]
+    columns: frozenset[int] = frozenset()
+    stand_ins: Mapping[fx.Node, StandIn] = field(default_factory=dict)
 
 
 class Replay:
-    """A cone that can be run on given leaves.
+    """A part of a graph that can be run on given leaves.
 
-    ``needs`` says for each symbol what its size must be a multiple of. ``why_full`` is None if the cone can be run at
+    ``needs`` says for each symbol what its size must be a multiple of. ``why_full`` is None if the part can be run at
     any such sizes, otherwise the reason why it only runs at its own.
     """
 
-    def __init__(self, cone: Cone, roles: Roles) -> None:
-        self._cone = cone
+    def __init__(self, part: Part) -> None:
+        self._part = part
         self._steps: dict[fx.Node, Step] = {}
+        self.leaf_shapes = part.leaf_shapes
         self.why_full: str | None = None
-        shapes: dict[fx.Node, Any] = dict(roles.leaf_shapes())
-        self.leaf_shapes: dict[fx.Node, Shape] = dict(shapes)
-        groups = roles.k // 16
-        columns = frozenset((roles.k, roles.k // 2, groups, 2, 4, 8, 16))
-        context = Context(shapes, list(roles.symbols().values()), columns)
+        shapes: dict[fx.Node, Any] = dict(part.leaf_shapes)
+        context = Context(shapes, part.symbols, part.columns)
         try:
-            for node in cone.nodes:
-                self._steps[node] = found = step(node, context)
+            for node in part.nodes:
+                stand_in = part.stand_ins.get(node)
+                self._steps[node] = found = step(node, context) if stand_in is None else Step(stand_in.shape)
                 shapes[node] = found.shape
         except NotRescalableError as error:
             self.why_full = f"{node.name}: {error}"
-        self.needs = dict.fromkeys(roles.symbols(), 1)
+        self.needs = {symbol.name: 1 for symbol in part.symbols}
         for shape in shapes.values():
-            for part in shape if isinstance(shape, list) else [shape]:
-                for name, divisor in divisors(part).items():
-                    self.needs[name] = max(self.needs[name], divisor)
+            for each in shape if isinstance(shape, list) else [shape]:
+                for name, divisor in divisors(each).items():
+                    self.needs[name] = math.lcm(self.needs[name], divisor)
 
     def __call__(self, leaves: Mapping[fx.Node, torch.Tensor], sizes: Sizes | None) -> torch.Tensor:
         """The root's value; ``sizes`` None runs at the traced sizes."""
         values: dict[fx.Node, Any] = dict(leaves)
-        for node in self._cone.nodes:
+        for node in self._part.nodes:
+            if node in self._part.stand_ins:
+                values[node] = self._part.stand_ins[node].value(values)
+                continue
             arguments = self._steps[node].arguments if sizes is not None else None
             positional = concrete(node.args if arguments is None else arguments(sizes))
             positional, named = fx.node.map_arg((positional, concrete(node.kwargs)), values.__getitem__)
-            values[node] = node.target(*positional, **_on_cpu(named))
-        return values[self._cone.root]
+            run = _CPU_FORMS.get(node.target, node.target)
+            values[node] = run(*positional, **_on_cpu(named))
+        return values[self._part.root]
+
+
+def _histc(numbers: torch.Tensor, *bins: Any) -> torch.Tensor:
+    """GPUs count integers, the CPU floats."""
+    return aten.histc.default(numbers.float(), *bins).to(numbers.dtype)
+
+
+_CPU_FORMS: dict[Any, Callable[..., Any]] = {aten.histc.default: _histc}
 
 
 def _on_cpu(named: dict[str, Any]) -> dict[str, Any]:

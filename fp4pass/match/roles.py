@@ -11,6 +11,7 @@ from torch import fx
 from fp4pass.match.cone import GATHERS, Cone, holds_codes, value
 from fp4pass.match.dims import Dim, Shape, Symbol, merge, plain
 from fp4pass.match.reasons import Reason, Refusal
+from fp4pass.match.replay import Part
 from fp4pass.match.shapes import EXPERTS, GATHERED, ROWS, concrete
 
 GROUP = 16
@@ -69,6 +70,11 @@ class Roles:
         for node, tensor in self.tables:
             shapes[node] = tuple(plain(size) for size in tensor.shape)
         return shapes
+
+    def part(self, cone: Cone) -> Part:
+        """The cone as something that can be run again. Raises as `leaf_shapes`."""
+        columns = frozenset((self.k, self.k // 2, self.k // GROUP, 2, 4, 8, 16))
+        return Part(cone.nodes, cone.root, self.leaf_shapes(), list(self.symbols().values()), columns)
 
     def _scale_shape(self, lead: Shape, rows: Dim) -> Shape:
         groups = self.k // GROUP

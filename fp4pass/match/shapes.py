@@ -38,6 +38,11 @@ class Context:
         """The shape of an input; numbers and sizes count as scalars."""
         return self._shapes.get(node, ()) if isinstance(node, fx.Node) else ()
 
+    def is_plain(self, node: fx.Node) -> bool:
+        """Whether no dimension of the input scales."""
+        found = self._shapes.get(node, ())
+        return all(dims.is_plain(d) for shape in (found if isinstance(found, list) else [found]) for d in shape)
+
     def outputs(self, node: fx.Node) -> list[Shape]:
         """The shapes of an input that is a list of tensors."""
         return self._shapes[node]
@@ -66,14 +71,24 @@ def step(node: fx.Node, context: Context) -> Step:
     Raises:
         NotRescalableError: the operation has no rule or picks rows or experts by constants.
     """
-    rule = _RULES.get(node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target)
-    if node.target in _RULES:
-        rule = _RULES[node.target]
+    rule = _RULES.get(node.target) or _RULES.get(getattr(node.target, "overloadpacket", None))
     if rule is not None:
         return rule(node, context)
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         return Step(dims.broadcast([context.shape(n) for n in node.all_input_nodes]))
+    if node.all_input_nodes and all(context.is_plain(n) for n in node.all_input_nodes):
+        return _unscaled(node)
     raise NotRescalableError(f"{node.target} has no rule")
+
+
+def _unscaled(node: fx.Node) -> Step:
+    """The node's own shape, or shapes, as traced."""
+
+    def shape(tensor: torch.Tensor) -> Shape:
+        return tuple(dims.plain(int(concrete(size))) for size in tensor.shape)
+
+    found = node.meta["val"]
+    return Step(shape(found) if isinstance(found, torch.Tensor) else [shape(each) for each in found])
 
 
 def _rank(node: fx.Node) -> int:
@@ -260,6 +275,8 @@ def _index_select(node: fx.Node, context: Context) -> Step:
 
 def _index_put(node: fx.Node, context: Context) -> Step:
     shape, masks = context.shape(node.args[0]), node.args[1]
+    if all(context.is_plain(n) for n in node.all_input_nodes):
+        return Step(shape)
     if len(masks) != 1 or masks[0].meta["val"].dtype != torch.bool or len(context.shape(masks[0])) != len(shape):
         raise NotRescalableError("a write to rows by index")
     dims.broadcast([shape, context.shape(masks[0])])

@@ -1,0 +1,268 @@
+"""Whole MoE blocks: from routed ids and weights to the summed output, around two proven products.
+
+The block is found the way a weight is: cut out of the graph between its inputs and its output, and run. The two
+products are proven already, so matrices of small whole numbers stand in for them, narrow ones: only the columns are
+scaled down, the tokens and their routing stay as they are. Whole numbers keep every step exact in any dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp4pass import _torch
+from fp4pass.lowering.reference import ACTIVATIONS
+from fp4pass.match.cone import value
+from fp4pass.match.dims import Symbol, plain
+from fp4pass.match.products import Product
+from fp4pass.match.replay import Part, Replay, StandIn
+from fp4pass.match.shapes import concrete
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+LARGEST_REGION = 200
+NARROW = {"H": 4, "I": 6, "O": 5}
+
+
+@dataclass(frozen=True)
+class Block:
+    """``end = sum over k of weights * down(activation(up(hidden)))`` for the experts that ``ids`` name."""
+
+    up: Product
+    down: Product
+    hidden: fx.Node
+    ids: fx.Node
+    weights: fx.Node
+    end: fx.Node
+    activation: str
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A block's sizes: tokens, choices a token, and the three widths."""
+
+    tokens: int
+    choices: int
+    hidden: int
+    inner: int
+    out: int
+
+
+def find_blocks(products: Sequence[Product]) -> list[Block]:
+    """Every pair of expert products that a whole block can take the place of."""
+    experts = [p for p in products if p.weight.roles.experts is not None and not p.sums_rows]
+    with _torch.real_tensors(), torch.no_grad():
+        tries = [_block(down, {p.node: p for p in experts if p is not down}) for down in experts]
+    return [block for block in tries if block is not None]
+
+
+def _block(down: Product, others: Mapping[fx.Node, Product]) -> Block | None:
+    end = _end(down.node)
+    if end is None:
+        return None
+    total = _sum_below(end)
+    tokens, choices, out = concrete(list(value(total.args[0]).shape))
+    up = _producer(down.x, others)
+    if up is None or choices < 2 or up.weight.roles.experts != down.weight.roles.experts:
+        return None
+    frame = _Frame(tokens, choices, up.weight.roles.k, up.weight.roles.n, out)
+    region = _region(end, up, down, frame)
+    if region is None:
+        return None
+    nodes, leaves = region
+    activation = _prove(nodes, leaves, end, up, down, frame)
+    return None if activation is None else Block(up, down, *leaves, end, activation)
+
+
+def _end(node: fx.Node) -> fx.Node | None:
+    """The sum over choices that follows ``node``, with the cast after it if there is one."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.op != "call_function" or value(node) is None:
+            return None
+        if node.target is aten.sum.dim_IntList:
+            break
+    else:
+        return None
+    if value(node.args[0]).dim() != 3 or list(node.args[1]) not in ([1], [-2]) or value(node).dim() != 2:
+        return None
+    cast = next(iter(node.users), None)
+    is_cast = len(node.users) == 1 and cast.target in (prims.convert_element_type.default, aten._to_copy.default)
+    return cast if is_cast else node
+
+
+def _sum_below(end: fx.Node) -> fx.Node:
+    return end if end.target is aten.sum.dim_IntList else end.args[0]
+
+
+def _producer(node: fx.Node, products: Mapping[fx.Node, Product]) -> Product | None:
+    """The product from which the activation between the two was computed."""
+    seen, stack = set(), [node]
+    while stack and len(seen) < LARGEST_REGION:
+        node = stack.pop()
+        if node in products:
+            return products[node]
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return None
+
+
+def _region(
+    end: fx.Node, up: Product, down: Product, frame: _Frame
+) -> tuple[list[fx.Node], tuple[fx.Node, fx.Node, fx.Node]] | None:
+    """The nodes between (hidden, ids, weights) and ``end``, or None if anything else flows in."""
+    nodes: list[fx.Node] = []
+    leaves: dict[str, fx.Node] = {}
+    seen: set[fx.Node] = set()
+    total = _sum_below(end)
+    stack = [(end, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            nodes.append(node)
+            continue
+        if node in seen or isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            continue
+        seen.add(node)
+        kind = None if node in (end, total) else _leaf_kind(node, frame)
+        if kind is not None:
+            if leaves.setdefault(kind, node) is not node:
+                return None
+            continue
+        if node.op != "call_function" or len(seen) > LARGEST_REGION:
+            return None
+        stack.append((node, True))
+        product = next((p for p in (up, down) if p.node is node), None)
+        inputs = node.all_input_nodes if product is None else _row_inputs(product)
+        stack.extend((n, False) for n in reversed(inputs))
+    if leaves.keys() != {"hidden", "ids", "weights"} or not {up.node, down.node} <= seen:
+        return None
+    return nodes, (leaves["hidden"], leaves["ids"], leaves["weights"])
+
+
+def _leaf_kind(node: fx.Node, frame: _Frame) -> str | None:
+    """hidden [T, H], ids [T, k] and weights [T, k] by their shapes and dtypes."""
+    tensor = value(node)
+    if tensor is None or tensor.dim() != 2:
+        return None
+    shape = concrete(list(tensor.shape))
+    if shape == [frame.tokens, frame.choices]:
+        return (
+            "ids" if tensor.dtype in (torch.int32, torch.int64) else "weights" if tensor.is_floating_point() else None
+        )
+    return "hidden" if shape == [frame.tokens, frame.hidden] and tensor.is_floating_point() else None
+
+
+def _row_inputs(product: Product) -> list[fx.Node]:
+    """What a product needs beside its weight: its rows, and which expert each belongs to."""
+    ids = product.weight.roles.ids
+    return [product.x, ids if ids is not None else product.node.args[product.anchor.offsets]]
+
+
+def _prove(
+    nodes: Sequence[fx.Node],
+    leaves: tuple[fx.Node, fx.Node, fx.Node],
+    end: fx.Node,
+    up: Product,
+    down: Product,
+    frame: _Frame,
+) -> str | None:
+    """The activation with which the region computes what the block stands for, or None."""
+    hidden, ids, weights = leaves
+    symbols = {name: Symbol(name, size) for name, size in (("H", frame.hidden), ("I", frame.inner), ("O", frame.out))}
+    tokens, choices, experts = frame.tokens, frame.choices, up.weight.roles.experts
+    generator = torch.Generator().manual_seed(0x4D6F45)
+
+    def whole(*size: int, low: int = -1, high: int = 2) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=generator).double()
+
+    w_up = whole(experts, NARROW["I"], NARROW["H"])
+    w_down = whole(experts, NARROW["O"], NARROW["I"])
+    part = Part(
+        nodes,
+        end,
+        {
+            hidden: (plain(tokens), (symbols["H"],)),
+            ids: (plain(tokens), plain(choices)),
+            weights: (plain(tokens), plain(choices)),
+        },
+        list(symbols.values()),
+        stand_ins={up.node: _stand_in(up, w_up, symbols["I"]), down.node: _stand_in(down, w_down, symbols["O"])},
+    )
+    replay = Replay(part)
+    if replay.why_full is not None:
+        return None
+    fill: dict[fx.Node, torch.Tensor] = {
+        hidden: whole(tokens, NARROW["H"]).to(value(hidden).dtype),
+        ids: torch.randint(0, experts, (tokens, choices), generator=generator).to(value(ids).dtype),
+        weights: torch.exp2(whole(tokens, choices, low=-2, high=3)).to(value(weights).dtype),
+    }
+    # A bound on the values in between would show where they are large or small. Half precision ends at 65504.
+    reach = 2.0**4 if torch.float16 in {value(n).dtype for n in nodes if value(n) is not None} else 2.0**20
+    scaled = [{**fill, hidden: fill[hidden] * factor} for factor in (reach, 1 / reach)]
+    beyond = {**fill, ids: torch.where(whole(tokens, choices) > 0, experts, fill[ids]).to(value(ids).dtype)}
+    for name, activation in ACTIVATIONS.items():
+        tries = (fill, *scaled, beyond)
+        if all(_explains(replay, each, leaves, w_up, w_down, activation, each is beyond) for each in tries):
+            return name
+    return None
+
+
+def _stand_in(product: Product, matrices: torch.Tensor, columns: Symbol) -> StandIn:
+    """The product with whole-number ``matrices [E, N, K]`` in its weight's place, in the shape that it gives."""
+    experts, ids = product.weight.roles.experts, product.weight.roles.ids
+    rows_node = _row_inputs(product)[1]
+    dtype = value(product.node).dtype
+
+    def compute(values: Mapping[fx.Node, Any]) -> torch.Tensor:
+        x = values[product.x].double()
+        rows = x.reshape(-1, x.shape[-2] if product.weight_left else x.shape[-1])
+        owner = values[rows_node]
+        if ids is None:  # where each expert's rows end; those behind the last end belong to none
+            owner = torch.searchsorted(owner.long(), torch.arange(len(rows)), right=True)
+        known = owner.long().clamp(0, experts - 1)
+        out = torch.einsum("sk,snk->sn", rows, matrices[known])
+        out[owner >= experts] = torch.nan
+        out = out.to(dtype)
+        if ids is None:
+            return out
+        return out.unsqueeze(-1 if product.weight_left else -2)
+
+    sizes = concrete(list(value(product.node).shape))
+    shape: list[Any] = [plain(size) for size in sizes]
+    shape[-2 if ids is not None and product.weight_left else -1] = (columns,)
+    return StandIn(tuple(shape), compute)
+
+
+def _explains(
+    replay: Replay,
+    fill: Mapping[fx.Node, torch.Tensor],
+    leaves: tuple[fx.Node, fx.Node, fx.Node],
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    beyond: bool,
+) -> bool:
+    """Whether the region gives the block's result on ``fill``.
+
+    ``beyond``: some ids name no expert of ours. A region that fails or has undefined numbers there was not made for
+    such ids; one that was must count them as nothing.
+    """
+    hidden, ids, weights = (fill[leaf].double() for leaf in leaves)
+    try:
+        found = replay(fill, NARROW).double()
+    except (IndexError, RuntimeError):
+        return beyond
+    if beyond and not found.isfinite().all():
+        return True
+    own = ids < len(w_up)
+    chosen = ids.long().clamp(max=len(w_up) - 1)
+    inner = activation(torch.einsum("th,tkih->tki", hidden, w_up[chosen]))
+    parts = torch.einsum("tki,tkoi->tko", inner, w_down[chosen]) * torch.where(own, weights, 0).unsqueeze(-1)
+    want = parts.sum(1)
+    return torch.allclose(found, want, rtol=2**-6, atol=float(want.abs().max()) * 2**-7)
