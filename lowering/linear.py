@@ -149,7 +149,8 @@ def linear(
     asm = asm and x.dtype != torch.float32
     tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
     steps = triton.cdiv(k, tile.block_k)
-    splits = arch.splits(tiles[0] * tiles[1], steps)
+    # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
+    splits = arch.splits(tiles[1], steps) if tiles[0] == 1 else 1
     # Rounding the steps of a part up may leave the last parts empty: no need for those.
     steps_a_part = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_a_part)

@@ -42,23 +42,22 @@ def weight(
     *shape: int, seed: int = 0, order: str = layout.PLAIN, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A random weight ``[..., N, K]``: codes in ``order``, scale bytes of both signs near 1, global scale(s)."""
-    generator = torch.Generator().manual_seed(seed)
+    random = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     *lead, k = shape
-    codes = torch.randint(0, 256, (*lead, k // 2), dtype=torch.uint8, generator=generator)
-    scale = torch.randint(0x28, 0x48, (*lead, k // 16), dtype=torch.uint8, generator=generator)
-    scale |= torch.randint(0, 2, scale.shape, dtype=torch.uint8, generator=generator) << 7
-    # One block in eight or so gets an odd scale: zero, or subnormal.
-    rare = torch.rand(scale.shape, generator=generator) < 0.125
-    scale[rare] &= 0x87
+    codes = torch.randint(0, 256, (*lead, k // 2), dtype=torch.uint8, **random)
+    scale = torch.randint(0x28, 0x48, (*lead, k // 16), dtype=torch.uint8, **random)
+    scale |= torch.randint(0, 2, scale.shape, dtype=torch.uint8, **random) << 7
+    # One block in eight gets an odd scale: zero, or subnormal.
+    rare = torch.randint(0, 8, scale.shape, dtype=torch.uint8, **random) == 0
+    scale = torch.where(rare, scale & 0x87, scale)
     count = () if len(lead) == 1 else (lead[0],)
-    global_scale = torch.rand(count, generator=generator) * 0.01 + 0.001
-    return layout.from_plain(codes, order).to(device), scale.to(device), global_scale.to(device)
+    global_scale = torch.rand(count, **random) * 0.01 + 0.001
+    return layout.repack_(codes, layout.PLAIN, order), scale, global_scale
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu") -> torch.Tensor:
     """Normal random activations."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(device)
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:

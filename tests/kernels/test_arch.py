@@ -1,0 +1,48 @@
+"""Which GPU gets what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4pass.errors import DeviceError
+from fp4pass.lowering import arch
+
+
+@pytest.mark.parametrize(("sm", "settings"), [(80, 80), (86, 86), (87, 86), (89, 89), (90, 90)])
+def test_each_generation_gets_the_settings_at_or_below_it(sm, settings):
+    assert arch.target(sm).sm == settings
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"), [(75, "below SM80"), (100, "native FP4"), (120, "native FP4"), (torch.device("cpu"), "CUDA")]
+)
+def test_other_devices_are_refused_by_name(refused, reason):
+    with pytest.raises(DeviceError, match=reason):
+        arch.target(refused)
+
+
+def test_every_tile_that_can_be_picked_is_enumerated():
+    for generation in arch.ARCHS.values():
+        listed = {(regime, dtype, tile) for regime, dtype, tile in arch.configurations(generation)}
+        for dtype in arch.DTYPES:
+            assert ("backward", dtype, generation.backward_tile(dtype)) in listed
+            for rows in range(0, 300):
+                assert ("product", dtype, generation.tile(rows, dtype)) in listed
+
+
+def test_splits_fill_the_gpu_and_keep_steps_together():
+    hopper = arch.ARCHS[90]
+    assert hopper.splits(tiles=64, steps=32) == 4
+    assert hopper.splits(tiles=1000, steps=32) == 1
+    assert hopper.splits(tiles=1, steps=3) == 1
+    assert hopper.splits(tiles=1, steps=1000) == 16
+
+
+def test_the_support_matrix_names_every_generation():
+    matrix = arch.support_matrix()
+    lines = matrix.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    for generation in arch.ARCHS.values():
+        assert f"| {generation.example} | {generation.sm} |" in matrix
+    assert "< 80" in matrix and ">= 100" in matrix
