@@ -8,6 +8,7 @@ gives the original names and bytes.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class ModelOptQuantizer(HfQuantizer):
                 expected="a folder or hub repository with safetensors files",
                 do="call from_pretrained with the checkpoint's path",
             )
-        headers = read_headers(checkpoint_files)
+        source = model.config.name_or_path
+        headers = read_headers(checkpoint_files, source if source and os.path.isdir(source) else None)
         prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
         replace_quantized(model, self.precision, headers, prefix)
         check_headers(model, headers, prefix)

@@ -19,7 +19,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture(autouse=True)
 def same_numbers_and_no_earlier_graphs():
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def linear(k=80, n=48, bias=None, layout="plain"):
