@@ -58,7 +58,6 @@ class Arch:
     shared_memory: int
     multiprocessors: int
     wgmma: bool
-    fp8: bool
 
     def tile(self, rows: int, dtype: torch.dtype) -> Tile:
         """The tile of a product over K with ``rows`` rows of x (expected rows an expert, for experts)."""
@@ -78,10 +77,10 @@ class Arch:
 ARCHS = {
     arch.sm: arch
     for arch in (
-        Arch(80, "A100", 163 << 10, 108, wgmma=False, fp8=False),
-        Arch(86, "A10, RTX 3090", 99 << 10, 84, wgmma=False, fp8=False),
-        Arch(89, "L40S, RTX 4090", 99 << 10, 142, wgmma=False, fp8=True),
-        Arch(90, "H100, H200", 227 << 10, 132, wgmma=True, fp8=True),
+        Arch(80, "A100", 163 << 10, 108, wgmma=False),
+        Arch(86, "A10, RTX 3090", 99 << 10, 84, wgmma=False),
+        Arch(89, "L40S, RTX 4090", 99 << 10, 142, wgmma=False),
+        Arch(90, "H100, H200", 227 << 10, 132, wgmma=True),
     )
 }
 """The generations with kernels, by SM number."""

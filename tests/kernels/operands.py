@@ -64,3 +64,14 @@ def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of the difference over the norm of ``exact``, in float64; 0 for two empty or two zero tensors."""
     difference = (result.double() - exact.double()).norm()
     return (difference / exact.double().norm().clamp_min(1e-300)).item() if exact.numel() else 0.0
+
+
+def assert_within(result: torch.Tensor, exact: torch.Tensor, limit: float, what: object = "") -> None:
+    """Shapes agree and the relative error is below ``limit``, which holds for many results.
+
+    The error of a few roundings spreads, so the limit is wider for them: by half for 16 results.
+    """
+    assert result.shape == exact.shape
+    allowed = limit * (1 + 2 / max(result.numel(), 1) ** 0.5)
+    error = relative_error(result, exact)
+    assert error < allowed, f"relative error {error:.2e}, allowed {allowed:.2e} {what}"
