@@ -144,14 +144,14 @@ def _fill(spec: TensorSpec, seed: int) -> torch.Tensor:
 def _values(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
     """Float32 numbers for the roles that are stored in BF16 or F32."""
     shape, width = spec.shape, 1 / math.sqrt(spec.fan_in)
-    if spec.role in ("embedding", "matrix", "head"):
-        # Logits three wide part the winner from the rest by more than BF16's error.
-        gain = {"embedding": 1.0, "matrix": width, "head": 3 * width}[spec.role]
-        return np.float32(gain) * rng.standard_normal(shape, np.float32)
-    if spec.role == "bias":
-        return np.float32(0.02) * rng.standard_normal(shape, np.float32)
-    if spec.role == "norm":
-        return 1 + np.float32(0.05) * rng.standard_normal(shape, np.float32)
+    # Logits three wide part the winner from the rest by more than BF16's error.
+    spread = {"embedding": 1.0, "matrix": width, "head": 3 * width, "bias": 0.02, "norm": 0.05}.get(spec.role)
+    if spread is not None:
+        values = rng.standard_normal(shape, np.float32)
+        values *= spread
+        if spec.role == "norm":
+            values += 1
+        return values
     if spec.role == "A_log":
         return np.log(rng.uniform(1, 16, shape)).astype(np.float32)
     if spec.role == "dt_bias":

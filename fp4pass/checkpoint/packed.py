@@ -49,7 +49,7 @@ class PackedModule(nn.Module):
         *outer, n, k = shape
         if n % BLOCK or k % BLOCK:
             raise CheckpointError(
-                f"{type(self).__name__}: {name} has a shape that fp4pass does not compute in NVFP4",
+                f"{name} has a shape that fp4pass does not compute in NVFP4",
                 seen=f"N={n}, K={k}",
                 expected=f"multiples of {BLOCK}",
                 do="exclude this layer from quantization when exporting the checkpoint",

@@ -11,6 +11,7 @@ from fp4pass.errors import CheckpointError
 
 from .config import NVFP4_ALGOS, QuantConfig, checkpoint_name
 from .modules import NVFP4Experts, NVFP4Linear
+from .packed import PackedModule
 from .validate import Header, is_experts
 
 
@@ -34,8 +35,7 @@ def replace_quantized(
             _refuse_mixture(name, algos)
         if kinds == {True}:
             module = model.get_submodule(name)
-            packed = _packed_experts if is_experts(module) else _packed_linear
-            model.set_submodule(name, packed(module, checkpoint_name(prefix + name), headers))
+            model.set_submodule(name, _packed(module, checkpoint_name(prefix + name), headers))
 
 
 def _algos(name: str, module: nn.Module, precision: QuantConfig) -> dict[str, str | None]:
@@ -45,6 +45,13 @@ def _algos(name: str, module: nn.Module, precision: QuantConfig) -> dict[str, st
     else:
         layers = [name] if isinstance(module, nn.Linear) else []
     return {checkpoint_name(layer): precision.algo(layer) for layer in layers}
+
+
+def _packed(module: nn.Module, name: str, headers: Mapping[str, Header]) -> PackedModule:
+    try:
+        return _packed_experts(module, name, headers) if is_experts(module) else _packed_linear(module, name, headers)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error.what}", seen=error.seen, expected=error.expected, do=error.do) from None
 
 
 def _packed_linear(module: nn.Linear, name: str, headers: Mapping[str, Header]) -> NVFP4Linear:

@@ -186,3 +186,8 @@ def test_a_quantization_config_that_is_not_json(tmp_path, tiny_sizes):
 def test_an_activation_that_experts_do_not_have(nano_dir, tmp_path):
     directory = altered(nano_dir, tmp_path / "bad", edit_config=lambda config: config.update(mlp_hidden_act="gelu"))
     refused(directory, "activation that fp4pass does not compute")
+
+
+def test_a_layer_whose_width_has_no_nvfp4_form(nano_dir, tmp_path):
+    directory = altered(nano_dir, tmp_path / "bad", edit_config=lambda config: config.update(moe_intermediate_size=40))
+    refused(directory, r"backbone\.layers\.1\.mixer\.experts: up_proj has a shape")
