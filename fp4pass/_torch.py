@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def check_version() -> None:
 
 check_version()
 
+from torch._dynamo import config as dynamo_config  # noqa: E402
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException  # noqa: E402, F401
 from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
     AOTInput,
@@ -40,6 +42,7 @@ from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
     SubclassGetAttrAOTInput,
     TangentAOTInput,
 )
+from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
 from torch._inductor import config as inductor_config  # noqa: E402
 from torch._inductor import list_mode_options as mode_options  # noqa: E402
 from torch._inductor.compile_fx import compile_fx  # noqa: E402, F401
@@ -133,3 +136,13 @@ def reset_cudagraphs() -> None:
 def is_real(tensor: torch.Tensor) -> bool:
     """Whether the tensor has values: neither fake nor on the meta device."""
     return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
+
+
+def many_recompiles() -> AbstractContextManager[None]:
+    """While tracing is all that is wanted, dynamo's limit of compiles for one function does not apply."""
+    return dynamo_config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+
+
+def boxed(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as a callable that takes its inputs in one list and clears it, as compiled code does."""
+    return make_boxed_func(gm.forward)

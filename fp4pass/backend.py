@@ -36,12 +36,10 @@ def fp4pass(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-    inner_compile: Compiled | None = None,
 ) -> Compiled:
     """Compile a captured graph with Inductor, its quantized products rewritten.
 
     gm, example_inputs: what dynamo hands a backend. mode, options: those of torch.compile (see `Options`).
-    inner_compile: what turns the rewritten graph into a callable instead of Inductor's code generation.
 
     Raises:
         OptionError: an option is unknown or has a wrong value.
@@ -50,8 +48,8 @@ def fp4pass(
     """
     parsed = Options.parse(mode, options)
     call = CallInputs(gm, example_inputs)
-    compiled, report = _compile(gm, example_inputs, parsed, call, inner_compile)
-    _announce(report.named(call.names), parsed)
+    compiled, report = compile_graph(gm, example_inputs, parsed, call)
+    _announce(report, parsed)
     if not call.tables:
         return compiled
 
@@ -60,7 +58,7 @@ def fp4pass(
         nonlocal compiled
         if call.tables_changed():
             log.info("a decode table has changed: compiling again")
-            compiled = fp4pass(gm, example_inputs, mode=mode, options=options, inner_compile=inner_compile)
+            compiled = fp4pass(gm, example_inputs, mode=mode, options=options)
         return compiled(*inputs)
 
     return guarded
@@ -69,13 +67,19 @@ def fp4pass(
 fp4pass.reset = _torch.reset_cudagraphs
 
 
-def _compile(
-    gm: fx.GraphModule, examples: Sequence[Any], options: Options, call: CallInputs, inner_compile: Compiled | None
+def compile_graph(
+    gm: fx.GraphModule,
+    examples: Sequence[Any],
+    options: Options,
+    call: CallInputs,
+    inner_compile: Compiled | None = None,
 ) -> tuple[Compiled, Report]:
-    """The compiled call and its report, from the pass or, where a cache had the graph, from the report's own store."""
+    """The compiled call and its report, from the pass or, where a cache had the graph, from the report's own store.
+
+    inner_compile: what turns the rewritten graph into a callable instead of Inductor's code generation; nothing is
+    cached then.
+    """
     ours = Fp4Pass(options, choose_target(options.target_sm, examples), call)
-    store = Store(_torch.report_directory())
-    key = _key(gm, examples, ours)
 
     def run(**more: Any) -> Compiled:
         patches = {**options.patches(), "joint_custom_pre_pass": ours, **more}
@@ -84,16 +88,17 @@ def _compile(
         return _torch.compile_fx(gm, examples, config_patches=patches, decompositions=decompositions, **inner)
 
     if inner_compile is not None:
-        return run(force_disable_caches=True), ours.report or Report()
+        return run(force_disable_caches=True), (ours.report or Report()).named(call.names)
+    store, key = Store(_torch.report_directory()), _key(gm, examples, ours)
     compiled = run()
-    if ours.report is None and (known := store.load(key)) is not None:
-        log.debug("compiled graph from the cache, report %s", key)
-        return compiled, known
-    if ours.report is None:  # cached before reports were kept, or the report was deleted
+    report = ours.report
+    if report is not None:
+        store.save(key, report)
+    elif (report := store.load(key)) is None:  # the graph was in the cache, its report is gone
         compiled = run(force_disable_caches=True)
-    report = ours.report or Report()
-    store.save(key, report)
-    return compiled, report
+        report = ours.report or Report()
+        store.save(key, report)
+    return compiled, report.named(call.names)
 
 
 def _announce(report: Report, options: Options) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,15 @@ class Report:
         total = len(self.rewritten) + len(self.refused)
         if not total:
             return "fp4pass: no quantized product in this graph"
-        head = f"fp4pass: {len(self.rewritten)} of {total} quantized products rewritten ({self.target})"
-        done = [(e.module or "?", e.op, _shape(e), e.lowering, e.source) for e in _fold(self.rewritten)]
-        lines = [head, *_table(("module", "now", "weight", "lowering", "source"), done)]
-        for entry in _fold(self.refused):
-            lines.append(f"left: {entry.module or '?'} {entry.op} {_shape(entry)}")
-            lines += [f"  why: {entry.reason}", f"  do:  {entry.remedy}"]
+        lines = [f"fp4pass: {len(self.rewritten)} of {total} quantized products rewritten ({self.target})"]
+        done = [(name, str(count), e.op, _shape(e), e.lowering, e.source) for name, count, e in _fold(self.rewritten)]
+        lines += _table(("module", "layers", "now", "weight", "lowering", "source"), done)
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for name, count, e in _fold(self.refused):
+            described = f"{name} ({f'{count} x ' if count > 1 else ''}{e.op}, {_shape(e)})"
+            reasons.setdefault((e.reason, e.remedy), []).append(described)
+        for (reason, remedy), names in reasons.items():
+            lines += [f"left: {reason}", f"  do: {remedy}", *(f"  in: {name}" for name in names)]
         return "\n".join(lines)
 
 
@@ -101,20 +107,24 @@ def _shape(entry: Entry) -> str:
     return f"{f'{entry.experts} x ' if entry.experts else ''}{entry.n} x {entry.k}"
 
 
-def _fold(entries: Iterable[Entry]) -> list[Entry]:
-    """Entries alike but for a layer number as one, with the numbers in the name: ``layers.{0,2}.mixer``."""
-    groups: dict[Any, list[Entry]] = {}
+def _fold(entries: Iterable[Entry]) -> list[tuple[str, int, Entry]]:
+    """Entries alike but for a layer number as one: (name with the numbers as a set, how many, the first)."""
+    groups: dict[Any, list[tuple[str, Entry]]] = {}
     for entry in entries:
-        parts = entry.module.split(".")
-        digits = [i for i, part in enumerate(parts) if part.isdigit()]
-        key_parts = tuple("#" if i in digits[:1] else part for i, part in enumerate(parts))
-        groups.setdefault((key_parts, replace(entry, module="", inputs=())), []).append(entry)
+        match = _LAYER.search(entry.module)
+        number = match[1] if match else ""
+        name = _LAYER.sub(".#.", entry.module, count=1)
+        groups.setdefault((name, replace(entry, module="", inputs=())), []).append((number, entry))
     folded = []
-    for (key_parts, _), members in groups.items():
-        layers = [next((p for p in e.module.split(".") if p.isdigit()), "") for e in members]
-        name = ".".join(key_parts).replace("#", layers[0] if len(members) == 1 else "{" + ",".join(layers) + "}")
-        folded.append(replace(members[0], module=name))
+    for (name, _), members in groups.items():
+        numbers = [number for number, _ in members]
+        shown = numbers[0] if len(numbers) == 1 else "{" + ",".join(_abridged(numbers)) + "}"
+        folded.append((name.replace("#", shown) or "?", len(members), members[0][1]))
     return folded
+
+
+def _abridged(numbers: list[str]) -> list[str]:
+    return numbers if len(numbers) <= 4 else [*numbers[:2], "...", numbers[-1]]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,0 +1,50 @@
+"""What a compile would do, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp4pass import _torch
+from fp4pass.backend import compile_graph
+from fp4pass.inputs import CallInputs
+from fp4pass.options import Options
+from fp4pass.report import Report
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Trace ``model(*args, **kwargs)``, run the passes and their proofs, and tell what became of each product.
+
+    The same tracing and the same proofs as a compile, but no code is generated. Nothing needs values: model and
+    arguments may lie on the meta device (``fp4pass.checkpoint.load.skeleton(path)`` builds a checkpoint's model there), and
+    ``options={"target_sm": 90}`` asks for a GPU that is not at hand. Gradients are off. All graphs of the call are in
+    one report. The call itself is run, with the rewritten graphs.
+
+    Raises what a compile with the same options raises, but for ``require_match``.
+    """
+    parsed = Options.parse(options=options)
+    reports: list[Report] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        call = CallInputs(gm, example_inputs)
+        compiled, report = compile_graph(gm, example_inputs, parsed, call, inner_compile=_as_is)
+        reports.append(report)
+        return compiled
+
+    with torch.no_grad(), _torch.many_recompiles():
+        torch.compile(model, backend=record, dynamic=dynamic)(*args, **kwargs)
+    return sum(reports, Report())
+
+
+def _as_is(gm: fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
+    """In the place of Inductor's code generation: run the rewritten graph node by node."""
+    return _torch.boxed(gm)
