@@ -1,9 +1,10 @@
-# Each target sets itself up in .venv on a fresh machine. TORCH= another version or an index of your own choice.
+# Each target sets itself up in .venv on a fresh machine. TORCH= takes another version, and pip's options with it:
+#   make test TORCH="torch==2.11.0 --index-url https://..."
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint bench clean
+.PHONY: demo test fuzz lint clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -17,13 +18,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready
-	$(BIN)/python -m fp4pass bench
-
 # torch first and by itself: with a CPU build in place nothing later pulls the CUDA packages in.
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test,lint]"
 	touch $@
 
