@@ -14,7 +14,7 @@ from torch import nn
 
 from fp4pass.errors import CheckpointError
 from fp4pass.lowering import reference
-from fp4pass.lowering.layout import PLAIN, check_layout, from_plain, layout_for, repack_, to_plain
+from fp4pass.lowering.layout import PLAIN, check_layout, layout_for, repack_
 
 BLOCK = reference.GROUP
 
@@ -127,7 +127,7 @@ class PackedModule(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._matrices:
-            destination[prefix + name] = to_plain(destination[prefix + name], self.layout)
+            destination[prefix + name] = _reordered(destination[prefix + name], self.layout, PLAIN)
 
     def _load_from_state_dict(
         self,
@@ -153,7 +153,12 @@ class PackedModule(nn.Module):
         for name in self._matrices:
             tensor = arriving.get(prefix + name)
             if tensor is not None and tensor.shape == self._parameters[name].shape:
-                arriving[prefix + name] = from_plain(tensor, self.layout)
+                arriving[prefix + name] = _reordered(tensor, PLAIN, self.layout)
         super()._load_from_state_dict(
             arriving, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _reordered(codes: torch.Tensor, source: str, target: str) -> torch.Tensor:
+    """``codes`` themselves where nothing changes, else a reordered copy, with at most 256 MB beside it."""
+    return codes if source == target else repack_(codes.detach().clone(), source, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from fp4pass.errors import CheckpointError
 from .config import QuantConfig, checkpoint_name
 from .packed import PackedModule
 from .replace import replace_quantized
-from .validate import DROPPED, check_headers, check_values, dropped, read_headers
+from .validate import DROPPED, Header, check_headers, check_values, dropped, read_headers
 
 METHOD = "modelopt"
 logger = logging.getLogger("fp4pass.checkpoint")
@@ -75,11 +76,7 @@ class ModelOptQuantizer(HfQuantizer):
         if self.dropped:
             logger.info("%d tensors are not loaded: %s", len(self.dropped), _shortened(self.dropped))
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), DROPPED}
-        for name, parameter in model.named_parameters():
-            stored = headers.get(checkpoint_name(prefix + name))
-            if name.endswith("mixer.gate.weight") and stored is not None and stored.dtype == "F32":
-                # The router computes in float32; where a release stores it so, it stays so.
-                model.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(parameter.float())
+        _keep_routers_in_float32(model, headers, prefix)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -132,6 +129,14 @@ class ModelOptQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """``generate`` may compile the model."""
         return True
+
+
+def _keep_routers_in_float32(model: nn.Module, headers: Mapping[str, Header], prefix: str) -> None:
+    """A router computes in float32 whatever its weight's dtype; where a release stores it in float32, it stays so."""
+    for name, module in model.named_modules():
+        stored = headers.get(checkpoint_name(f"{prefix}{name}.weight"))
+        if name.endswith("mixer.gate") and stored is not None and stored.dtype == "F32":
+            module.weight = nn.Parameter(module.weight.float())
 
 
 def _stacking(projection: str, part: str, suffix: str) -> WeightConverter:

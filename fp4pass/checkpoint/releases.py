@@ -193,12 +193,10 @@ def config(made: Release, sizes: Sizes) -> dict[str, Any]:
             "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
             "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
         }
+    if sizes.mtp or sizes.latent:
+        content["moe_latent_size"] = sizes.latent
     if sizes.mtp:
-        content |= {
-            "moe_latent_size": sizes.latent,
-            "moe_shared_expert_overlap": sizes.latent is None,
-            "num_nextn_predict_layers": 1,
-        }
+        content |= {"moe_shared_expert_overlap": sizes.latent is None, "num_nextn_predict_layers": 1}
         field = "mtp_hybrid_override_pattern" if as_letters else "mtp_layers_block_type"
         content[field] = sizes.mtp if as_letters else [_LAYER_TYPES[letter] for letter in sizes.mtp]
     return content

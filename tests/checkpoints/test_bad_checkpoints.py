@@ -168,10 +168,11 @@ def test_a_layer_that_the_model_does_not_have(nano_dir, tmp_path):
     assert "backbone.embeddings" in error.seen
 
 
-def test_fp8_layers_are_named_and_counted(tmp_path, tiny_sizes):
-    directory = synthesize(tmp_path / "mixed", "lightning", **tiny_sizes)
+@pytest.mark.parametrize(("like", "count"), [("lightning", 2), ("super", 8), ("ultra", 6)])
+def test_fp8_layers_are_named_and_counted(like, count, tmp_path, tiny_sizes):
+    directory = synthesize(tmp_path / like, like, **tiny_sizes, latent=32)
     error = refused(directory, "FP8 layers")
-    assert error.seen == "2 layers in FP8, the first is backbone.layers.0.mixer.in_proj"
+    assert error.seen == f"{count} layers in FP8, the first is backbone.layers.0.mixer.in_proj"
     with pytest.raises(CheckpointError, match="FP8 layers"):
         skeleton(directory)
 

@@ -216,6 +216,32 @@ def test_a_quantized_head_loads(nano_dir, tmp_path, dense_twin):
     torch.testing.assert_close(model(IDS).logits, dense_twin(model)(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_of_one_layer_may_be_dense(nano_dir, tmp_path, nano_model):
+    """The weights are decoded without rounding, so that the answer is the packed model's."""
+    layer = "backbone.layers.3.mixer.experts"
+
+    def edit(tensors):
+        for name in [name for name in tensors if name.startswith(layer) and name.endswith("_proj.weight")]:
+            parts = [tensors.pop(name + suffix) for suffix in ("", "_scale", "_scale_2")]
+            del tensors[name.replace("weight", "input_scale")]
+            tensors[name] = nvfp4.dequantize(*parts, torch.float32)
+
+    def exclude(config):
+        config["quantization_config"]["ignore"].append(f"{layer}.*")
+
+    model = from_pretrained(altered(nano_dir, tmp_path / "mixed", edit, exclude), dtype=torch.float32)
+    assert isinstance(model.model.layers[1].mixer.experts, NVFP4Experts)
+    assert not isinstance(model.model.layers[3].mixer.experts, NVFP4Experts)
+    expected = nano_model(dtype=torch.float32)(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_behind_a_latent_projection_load(tmp_path, tiny_sizes, dense_twin):
+    model = from_pretrained(synthesize(tmp_path / "latent", latent=32, **tiny_sizes), dtype=torch.float32)
+    assert model.model.layers[1].mixer.experts.up_proj.shape == (8, 48, 16)
+    torch.testing.assert_close(model(IDS).logits, dense_twin(model)(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_the_skeleton_has_the_models_shapes_and_no_memory(nano_dir, nano_model):
     empty, model = skeleton(nano_dir), nano_model()
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}

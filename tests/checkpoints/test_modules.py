@@ -104,6 +104,14 @@ def test_experts_trace_whole_with_transformers_own_functions(dtype, implementati
     assert len(graphs) == 1 and ("bmm" in graphs[0].code) == (implementation == "batched_mm")
 
 
+def test_a_traced_linear_notices_a_change_of_layout():
+    module, x = linear(), torch.randn(3, 80)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    expected = compiled(x)
+    module.set_layout("interleaved")
+    assert torch.equal(compiled(x), expected)
+
+
 def test_traced_linear_has_a_backward_to_the_activations():
     module, x = linear(), torch.randn(3, 80, requires_grad=True)
     torch.compile(module, fullgraph=True, backend="eager")(x).sum().backward()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from fp4pass.checkpoint.releases import RELEASES, shorten
 from fp4pass.checkpoint.tensors import quantization, tensors
@@ -53,6 +53,7 @@ def test_every_release_can_be_written_small(like, tmp_path, tiny_sizes):
     assert set(index["weight_map"]) == set(headers(directory))
     assert ("quantization_config" in config) == (like != "nano")
     assert json.loads((directory / "hf_quant_config.json").read_text())["producer"]["name"] == "modelopt"
+    assert AutoConfig.from_pretrained(directory).hybrid_override_pattern == "ME*E"
 
 
 def test_nano_has_the_documented_dtypes_and_shapes(nano_dir):
