@@ -26,7 +26,6 @@ def linear_kernel(
     M,
     N,
     stride_xm,
-    stride_xk,
     K: tl.constexpr,
     STEPS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -43,9 +42,7 @@ def linear_kernel(
     part = tl.program_id(2)
     x_rows = m.to(tl.int64) * stride_xm
     first_k = part * (STEPS * BLOCK_K)
-    acc = product_tile(
-        x, x_rows, m < M, stride_xk, words, scale, first_n, N, first_k, K, STEPS, LAYOUT, ASM, BLOCK_N, BLOCK_K
-    )
+    acc = product_tile(x, x_rows, m < M, words, scale, first_n, N, first_k, K, STEPS, LAYOUT, ASM, BLOCK_N, BLOCK_K)
     n = first_n + tl.arange(0, BLOCK_N)
     inside = (n < N)[:, None] & (m < M)[None, :]
     target_rows = out + m.to(tl.int64)[None, :] * N + n[:, None]
@@ -91,7 +88,6 @@ def linear_backward_kernel(
     out,
     M,
     stride_gm,
-    stride_gn,
     N: tl.constexpr,
     K: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -114,7 +110,7 @@ def linear_backward_kernel(
         in_n = (n < N)[:, None]
         word_tile = tl.load(words + row * (K // 8) + word[None, :], mask=in_n & (word < K // 8)[None, :], other=0)
         scale_tile = tl.load(scale + row * (K // 16) + group[None, :], mask=in_n & (group < K // 16)[None, :], other=0)
-        grad_tile = tl.load(grad_rows + n[None, :] * stride_gn, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+        grad_tile = tl.load(grad_rows + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
         weight = decode_tile(word_tile, scale_tile, LAYOUT, grad.dtype.element_ty, ASM)
         acc = tl.dot(grad_tile, weight, acc, input_precision="ieee")
     acc = times_global(acc, global_scale, ASM)
@@ -140,7 +136,7 @@ def linear(
     """Launch of ``fp4pass::linear``; see ops.py. ``arch`` and ``asm=False`` are for the interpreter's sake."""
     arch = arch or target(x.device)
     n, k = codes.shape[0], codes.shape[1] * 2
-    rows = x.reshape(-1, k)
+    rows = rows_of(x)
     m = rows.shape[0]
     out = x.new_empty((m, n))
     if out.numel() == 0:
@@ -165,7 +161,6 @@ def linear(
         m,
         n,
         rows.stride(0),
-        rows.stride(1),
         K=k,
         STEPS=steps_a_part,
         SPLITS=splits,
@@ -194,7 +189,7 @@ def linear_backward(
     """Launch of ``fp4pass::linear_backward``; see ops.py."""
     arch = arch or target(grad.device)
     n, k = codes.shape[0], codes.shape[1] * 2
-    rows = grad.reshape(-1, n)
+    rows = rows_of(grad)
     m = rows.shape[0]
     out = grad.new_empty((m, k))
     if out.numel() and n:
@@ -207,7 +202,6 @@ def linear_backward(
             out,
             m,
             rows.stride(0),
-            rows.stride(1),
             N=n,
             K=k,
             LAYOUT=layout,
@@ -215,6 +209,12 @@ def linear_backward(
             **tile.launch,
         )
     return out.view(*grad.shape[:-1], k)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """``x [..., K]`` as a matrix ``[M, K]`` with contiguous rows at any distance; a copy only where they are not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def words_of(codes: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,18 @@ import triton
 import triton.language as tl
 
 from .arch import Arch, Tile, target
-from .linear import words_of
+from .linear import rows_of, words_of
 from .reference import expert_of_row
 from .tile import product_tile, times_global
 
+Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Codes, scale and global scale of all experts."""
+
 # Up to here a program a slot is cheaper than sorting, although two slots may read the same weight.
 _MOST_DIRECT_SLOTS = 64
+
+# The second products of all slots before their sum. More tokens run in parts: each still fills the widest tile.
+_WORKSPACE_BYTES = 256 << 20
 
 
 @triton.jit(do_not_specialize=["slots_of_x"])
@@ -41,7 +47,6 @@ def expert_product_kernel(
     EXPERTS,
     slots_of_x,
     stride_xm,
-    stride_xk,
     global_stride,
     K: tl.constexpr,
     STEPS: tl.constexpr,
@@ -78,7 +83,6 @@ def expert_product_kernel(
         x,
         x_rows,
         live,
-        stride_xk,
         words + expert * N * (K // 8),
         scale + expert * N * (K // 16),
         first_n,
@@ -144,7 +148,7 @@ def schedule(ids: torch.Tensor, experts: int, block_m: int) -> Schedule:
     outside the range.
     """
     count = ids.shape[0]
-    if count <= _MOST_DIRECT_SLOTS:
+    if _runs_directly(count, experts):
         return Schedule(count, ids)
     ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
     by_expert, order = torch.sort(ids, stable=True)
@@ -175,7 +179,7 @@ def gathered_linear(
     if out.numel():
         tile = _tile(arch, ids, codes.shape[0], x.dtype)
         plan = schedule(ids.contiguous(), codes.shape[0], tile.block_m)
-        _product(plan, tile, x, (codes, scale, global_scale), None, out, 1, "none", layout, asm)
+        _product(plan, tile, rows_of(x), (codes, scale, global_scale), None, out, 1, "none", layout, asm)
     return out
 
 
@@ -213,38 +217,59 @@ def experts(
 ) -> torch.Tensor:
     """Launch of ``fp4pass::experts``; see ops.py."""
     arch = arch or target(x.device)
-    count, columns = down_codes.shape[:2]
-    tokens, choices = ids.shape
-    out = x.new_empty((tokens, columns))
-    if out.numel() == 0:
-        return out
-    flat = ids.reshape(-1)
-    tile = _tile(arch, flat, count, x.dtype)
-    plan = schedule(flat, count, tile.block_m)
-    hidden = x.new_empty((flat.shape[0], up_codes.shape[1]))
-    slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
     up, down = (up_codes, up_scale, up_global), (down_codes, down_scale, down_global)
-    routing = weights.reshape(-1)
-    if flat.shape[0]:
-        _product(plan, tile, x, up, None, hidden, choices, activation, layout, asm)
-        _product(plan, tile, hidden, down, routing, slots, 1, "none", layout, asm)
-    block = 512
-    sum_slots_kernel[(tokens, triton.cdiv(columns, block))](
-        slots, flat, out, columns, count, CHOICES=choices, BLOCK=block, num_warps=4
-    )
+    tokens, choices = ids.shape
+    out = x.new_empty((tokens, down_codes.shape[1]))
+    if choices == 0:
+        return out.zero_()
+    rows = rows_of(x)
+    step = max(1, _WORKSPACE_BYTES // (choices * max(1, out.shape[1]) * torch.float32.itemsize))
+    for part in (slice(start, start + step) for start in range(0, tokens, step)):
+        _experts_of(arch, rows[part], ids[part], weights[part], up, down, out[part], activation, layout, asm)
     return out
+
+
+def _experts_of(
+    arch: Arch,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    up: Weight,
+    down: Weight,
+    out: torch.Tensor,
+    activation: str,
+    layout: str,
+    asm: bool,
+) -> None:
+    """Write the block's result for the tokens of ``x`` into ``out``, a part of the whole result."""
+    flat, choices = ids.reshape(-1), ids.shape[1]
+    experts_count, inner, columns = up[0].shape[0], up[0].shape[1], out.shape[1]
+    tile = _tile(arch, flat, experts_count, x.dtype)
+    plan = schedule(flat, experts_count, tile.block_m)
+    hidden = x.new_empty((flat.shape[0], inner))
+    slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
+    _product(plan, tile, x, up, None, hidden, choices, activation, layout, asm)
+    _product(plan, tile, hidden, down, weights.reshape(-1), slots, 1, "none", layout, asm)
+    block = 512
+    sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
+        slots, flat, out, columns, experts_count, CHOICES=choices, BLOCK=block, num_warps=4
+    )
+
+
+def _runs_directly(slots: int, experts_count: int) -> bool:
+    return slots <= min(_MOST_DIRECT_SLOTS, experts_count)
 
 
 def _tile(arch: Arch, ids: torch.Tensor, experts_count: int, dtype: torch.dtype) -> Tile:
     slots = ids.shape[0]
-    return arch.tile(1 if slots <= _MOST_DIRECT_SLOTS else triton.cdiv(slots, experts_count), dtype)
+    return arch.tile(1 if _runs_directly(slots, experts_count) else triton.cdiv(slots, experts_count), dtype)
 
 
 def _product(
     plan: Schedule,
     tile: Tile,
     x: torch.Tensor,
-    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    weight: Weight,
     routing: torch.Tensor | None,
     out: torch.Tensor,
     slots_of_x: int,
@@ -269,7 +294,6 @@ def _product(
         count,
         slots_of_x,
         x.stride(0),
-        x.stride(1),
         0 if global_scale is None or global_scale.numel() == 1 else 1,
         K=k,
         STEPS=triton.cdiv(k, tile.block_k),

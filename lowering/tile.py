@@ -15,7 +15,6 @@ def product_tile(
     x,
     x_rows,
     live,
-    stride_xk,
     words,
     scale,
     first_n,
@@ -30,7 +29,7 @@ def product_tile(
 ):
     """float32 ``[BLOCK_N, BLOCK_M]``: code x scale / undo_factor times x, over STEPS blocks of K from ``first_k``.
 
-    x: pointer; x_rows int64 ``[BLOCK_M]``: offsets of the rows; live bool ``[BLOCK_M]``: which of them exist.
+    x: pointer; x_rows int64 ``[BLOCK_M]``: where its rows begin; live bool ``[BLOCK_M]``: which of them exist.
     words, scale: pointers to the weight ``[N, K/8]``, ``[N, K/16]``. Everything outside counts as zero.
 
     The weight is the left operand, so that few tokens still fill the tensor core's wide side. K and STEPS are
@@ -53,7 +52,7 @@ def product_tile(
         group = begin // 16 + tl.arange(0, BLOCK_K // 16)
         word_tile = tl.load(word_rows + word[None, :], mask=in_n & (word < K // 8)[None, :], other=0)
         scale_tile = tl.load(scale_rows + group[None, :], mask=in_n & (group < K // 16)[None, :], other=0)
-        token_tile = tl.load(token_rows + k[:, None] * stride_xk, mask=in_m & (k < K)[:, None], other=0.0)
+        token_tile = tl.load(token_rows + k[:, None], mask=in_m & (k < K)[:, None], other=0.0)
         weight = decode_tile(word_tile, scale_tile, LAYOUT, DTYPE, ASM)
         acc = tl.dot(weight, token_tile, acc, input_precision="ieee")
     return acc

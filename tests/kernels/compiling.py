@@ -44,14 +44,14 @@ def compile_linear(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, k
     if splits == 1:
         types["bias"] = POINTER[dtype]
     steps = triton.cdiv(triton.cdiv(k, tile.block_k), splits)
-    constants = {"stride_xk": 1, "K": k, "STEPS": steps, "SPLITS": splits} | _form(dtype, layout, tile)
+    constants = {"K": k, "STEPS": steps, "SPLITS": splits} | _form(dtype, layout, tile)
     return compile_kernel(linear.linear_kernel, types, constants, arch, tile)
 
 
 def compile_backward(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str) -> Any:
     """``linear_backward_kernel``."""
     types = _WEIGHT | {"grad": POINTER[dtype], "out": POINTER[dtype], "M": "i32", "stride_gm": "i32"}
-    constants = {"stride_gn": 1, "N": 1856, "K": 2688} | _form(dtype, layout, tile)
+    constants = {"N": 1856, "K": 2688} | _form(dtype, layout, tile)
     return compile_kernel(linear.linear_backward_kernel, types, constants, arch, tile)
 
 
@@ -64,7 +64,7 @@ def compile_experts(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, 
     if not up:
         types["weights"] = POINTER[dtype]
     k = 2688 if up else 1856
-    constants = {"stride_xk": 1, "global_stride": 1, "K": k, "STEPS": triton.cdiv(k, tile.block_k)}
+    constants = {"global_stride": 1, "K": k, "STEPS": triton.cdiv(k, tile.block_k)}
     constants |= {"ACTIVATION": "relu2" if up else "none"} | _form(dtype, layout, tile)
     return compile_kernel(moe.expert_product_kernel, types, constants, arch, tile)
 

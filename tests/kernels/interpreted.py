@@ -1,7 +1,7 @@
 """The kernels in Triton's interpreter, on the CPU. Run by test_interpreter.py in a process that has TRITON_INTERPRET=1.
 
-The interpreter has no inline assembly and no bfloat16 ``tl.dot``: the plain decoder is run here in float32 and float16,
-and for bfloat16 the decoder alone.
+The interpreter has no bfloat16 ``tl.dot``: kernels run here in float32 and float16, and for bfloat16 the decoder alone.
+Inline assembly, which it does not have either, is executed by assembly.py.
 """
 
 from __future__ import annotations
@@ -10,53 +10,77 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
 
 from fp4pass.lowering import arch, decode, layout, linear, moe, reference
 
+from .assembly import WORD, Machine
 from .operands import activations, every_product, relative_error, weight
 
 PLAIN_FORM = {"arch": arch.target(80), "asm": False}
+ASSEMBLY = {"arch": arch.target(80), "asm": True}
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4}
 DTYPES = tuple(TOLERANCE)
 
 
+def execute(asm, constraints, args, dtype, is_pure, pack):
+    """Stands in for ``tl.inline_asm_elementwise``."""
+    assert is_pure and pack == 1
+    results = dtype if isinstance(dtype, tuple) else (dtype,)
+    assert constraints == ",".join(["=h" if kind == tl.int16 else "=r" for kind in results] + ["r"] * len(args))
+    inputs = [torch.from_numpy(argument.handle.data.astype("int64")) & WORD for argument in args]
+    registers = Machine(**{f"${len(results) + i}": value for i, value in enumerate(inputs)}).run(asm).registers
+    tensors = []
+    for index, kind in enumerate(results):
+        data = registers[f"${index}"].numpy().astype("int16" if kind == tl.int16 else "int32")
+        tensors.append(tl.tensor(TensorHandle(data, kind), tl.block_type(kind, list(data.shape))))
+    return tuple(tensors) if isinstance(dtype, tuple) else tensors[0]
+
+
+@pytest.fixture(params=(PLAIN_FORM, ASSEMBLY), ids=("plain", "assembly"))
+def form(request, monkeypatch):
+    monkeypatch.setattr(tl, "inline_asm_elementwise", execute)
+    return request.param
+
+
 @triton.jit
-def decode_kernel(words, scale, out, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr):
+def decode_kernel(words, scale, out, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, ASM: tl.constexpr):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
     word_tile = tl.load(words + rows * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :])
     scale_tile = tl.load(scale + rows * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)[None, :])
-    tile = decode.decode_tile(word_tile, scale_tile, LAYOUT, out.dtype.element_ty, False)
+    tile = decode.decode_tile(word_tile, scale_tile, LAYOUT, out.dtype.element_ty, ASM)
     tl.store(out + rows * COLUMNS + tl.arange(0, COLUMNS)[None, :], tile)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 @pytest.mark.parametrize("order", layout.LAYOUTS)
-def test_the_decoder_is_exact_for_every_product(order, dtype):
+def test_the_decoder_is_exact_for_every_product(order, dtype, form):
+    asm = form["asm"] and dtype != torch.float32
     codes, scale, expected = every_product()
     out = torch.empty(256, 256, dtype=dtype)
-    decode_kernel[(16,)](layout.from_plain(codes, order).view(torch.int32), scale, out, 256, order)
-    assert torch.equal(out.double(), expected)
+    decode_kernel[(16,)](layout.from_plain(codes, order).view(torch.int32), scale, out, 256, order, asm)
+    assert torch.equal(out.double() * decode.undo_factor(asm), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", layout.LAYOUTS)
 @pytest.mark.parametrize("rows", (16, 256))
-def test_all_finite_products_come_out_of_linear(order, dtype, rows):
+def test_all_finite_products_come_out_of_linear(order, dtype, rows, form):
     codes, scale, expected = every_product()
     stored = layout.from_plain(codes, order)
     eye = torch.eye(256, dtype=dtype)[:rows]
-    assert torch.equal(linear.linear(eye, stored, scale, None, None, order, **PLAIN_FORM).double(), expected.mT[:rows])
-    back = linear.linear_backward(eye, stored, scale, None, order, **PLAIN_FORM)
+    assert torch.equal(linear.linear(eye, stored, scale, None, None, order, **form).double(), expected.mT[:rows])
+    back = linear.linear_backward(eye, stored, scale, None, order, **form)
     assert torch.equal(back.double(), expected[:rows])
 
 
 @pytest.mark.parametrize("order", layout.LAYOUTS)
 @pytest.mark.parametrize("rows", (16, 256))
-def test_all_finite_products_come_out_of_expert_products(order, rows):
+def test_all_finite_products_come_out_of_expert_products(order, rows, form):
     codes, scale, expected = every_product()
-    stored = torch.stack((torch.zeros_like(codes), layout.from_plain(codes, order)))
+    stored = torch.stack([torch.zeros_like(codes)] + 15 * [layout.from_plain(codes, order)])
     ids, eye = torch.ones(rows, dtype=torch.int32), torch.eye(256, dtype=torch.float16)[:rows]
-    result = moe.gathered_linear(eye, stored, torch.stack((scale, scale)), None, ids, order, **PLAIN_FORM)
+    result = moe.gathered_linear(eye, stored, scale.expand(16, -1, -1).contiguous(), None, ids, order, **form)
     assert torch.equal(result.double(), expected.mT[:rows])
 
 
@@ -113,3 +137,12 @@ def test_gathered_and_grouped_meet_the_oracle(rows, dtype):
     exact = reference.grouped_linear(x, *operands, ends, layout.PLAIN, torch.float64)
     assert relative_error(result, exact) < TOLERANCE[dtype]
     assert torch.equal(result[-1], torch.zeros(48, dtype=dtype))
+
+
+def test_experts_in_parts_equal_experts_at_once(monkeypatch):
+    up, down = weight(7, 48, 80, seed=2), weight(7, 112, 48, seed=3)
+    ids, weights = torch.randint(0, 7, (40, 2)), torch.rand(40, 2)
+    operands = (activations(40, 80), ids, weights, *up, *down, "relu2", layout.PLAIN)
+    whole = moe.experts(*operands, **PLAIN_FORM)
+    monkeypatch.setattr(moe, "_WORKSPACE_BYTES", 2 * 112 * 4 * 17)
+    assert relative_error(moe.experts(*operands, **PLAIN_FORM), whole) < 1e-6

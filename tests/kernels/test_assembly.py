@@ -1,72 +1,16 @@
-"""The decoder's assembly, executed here one instruction at a time: every product, every layout, both formats."""
+"""The decoder's assembly by itself: every product, every layout, both 16-bit formats."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 import torch
 
 from fp4pass.lowering import layout
 
+from .assembly import WORD, Machine, number
 from .operands import E2M1, NAN_BYTES, e4m3, pack
 
 decode = pytest.importorskip("fp4pass.lowering.decode", reason="Triton is not installed", exc_type=ImportError)
-
-WORD = 0xFFFFFFFF
-
-
-class Machine:
-    """A register file of int64 columns (32-bit values) and the few instructions that the decoder uses."""
-
-    def __init__(self, **registers):
-        self.registers = registers
-
-    def read(self, name):
-        return self.registers[name] if name in self.registers else int(name, 0)
-
-    def run(self, assembly):
-        for statement in filter(None, (s.strip() for s in assembly.strip("{} ").split(";"))):
-            operation, _, operands = statement.partition(" ")
-            if operation == ".reg":
-                continue
-            pair = re.match(r"\{(\S+), (\S+)\}, (\w+)$", operands)
-            if pair:
-                value = self.read(pair[3])
-                self.registers |= {pair[1]: value & 0xFFFF, pair[2]: value >> 16}
-                continue
-            destination, *sources = (operand.strip() for operand in operands.split(","))
-            self.registers[destination] = self.execute(operation, *map(self.read, sources)) & WORD
-        return self
-
-    def execute(self, operation, *values):
-        if operation.startswith("fma.rn."):
-            dtype = torch.bfloat16 if operation.endswith("bf16x2") else torch.float16
-            low = fused(dtype, *(v & 0xFFFF for v in values))
-            return low | fused(dtype, *(v >> 16 for v in values)) << 16
-        if operation == "prmt.b32":
-            first, second, selector = values
-            source = [(first >> 8 * i) & 0xFF for i in range(4)] + [(second >> 8 * i) & 0xFF for i in range(4)]
-            return sum(source[(selector >> 4 * i) & 7] << 8 * i for i in range(4))
-        table = {
-            "mov.b32": lambda a: a,
-            "and.b32": lambda a, b: a & b,
-            "or.b32": lambda a, b: a | b,
-            "shl.b32": lambda a, b: a << b,
-            "shr.u32": lambda a, b: a >> b,
-        }
-        return table[operation](*values)
-
-
-def number(dtype, bits):
-    return torch.as_tensor(bits).to(torch.int16).view(dtype).double()
-
-
-def fused(dtype, a, b, c):
-    exact = number(dtype, a) * number(dtype, b) + number(dtype, c)
-    rounded = exact.to(dtype)
-    assert torch.equal(rounded.double(), exact), "the decoder relies on every step being exact"
-    return rounded.view(torch.int16).to(torch.int64) & 0xFFFF
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

@@ -212,6 +212,14 @@ def test_wrong_operands_of_the_expert_ops_are_named():
         fp4pass.grouped_linear(x, codes, scale, global_scale, torch.tensor([1, 2]), layout.PLAIN)
 
 
+def test_operands_may_be_passed_by_name():
+    codes, scale, global_scale = weight(32, 48)
+    x = activations(2, 48)
+    by_name = {"x": x, "codes": codes, "scale": scale, "global_scale": global_scale, "bias": None, "layout": "plain"}
+    by_place = fp4pass.linear(x, codes, scale, global_scale, None, layout.PLAIN)
+    assert torch.equal(fp4pass.linear(**by_name), by_place)
+
+
 def test_reloading_the_module_keeps_the_ops():
     codes, scale, global_scale = weight(32, 48)
     before = fp4pass.linear(activations(2, 48), codes, scale, global_scale, None, layout.PLAIN)
