@@ -55,6 +55,11 @@ def product_tile(
         token_tile = tl.load(token_rows + k[:, None], mask=in_m & (k < K)[:, None], other=0.0)
         weight = decode_tile(word_tile, scale_tile, LAYOUT, DTYPE, ASM)
         acc = tl.dot(weight, token_tile, acc, input_precision="ieee")
+        if ASM:
+            # An empty instruction that reads the sum: it makes every warp wait for its own warpgroup products. Left
+            # alone, Triton (3.6 to 3.9) lets all but the first product of a step run on into the next step, past the
+            # barrier there, and then another warp's copy of tokens overwrites the tile that they still read.
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
     return acc
 
 
