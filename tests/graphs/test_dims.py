@@ -141,8 +141,8 @@ def views(draw):
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(views(), st.integers(1, 11), st.integers(1, 11))
-def test_a_scaled_view_moves_elements_as_the_full_one_does(case, rows, experts):
-    """Each element of the small tensor carries its own coordinates; the view must keep their order and split."""
+def test_a_view_can_be_undone_at_every_size(case, rows, experts):
+    """The scaled sizes fit a real tensor, and no symbol is lost on the way there and back."""
     shape, literals = case
     viewed = dims.reshape(shape, literals)
     at = {"N": rows, "E": experts}
