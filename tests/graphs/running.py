@@ -60,6 +60,34 @@ def called(graph: fx.Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
+def listing(graph: fx.Graph) -> str:
+    """The graph, a line an operation: ``name = op(arguments)  # dtype[shape]``. Names are given anew, in order."""
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        names[node] = f"{'in' if node.op == 'placeholder' else 't'}{len(names)}"
+        if node.op == "placeholder":
+            continue
+        arguments = ", ".join(_shown(argument, names) for argument in node.args)
+        if node.op == "output":
+            lines.append(f"return {arguments}")
+        else:
+            lines.append(f"{names[node]} = {node.target}({arguments}){_kind(node.meta.get('val'))}")
+    return "\n".join(lines)
+
+
+def _kind(result: Any) -> str:
+    if not isinstance(result, torch.Tensor):
+        return ""
+    return f"  # {str(result.dtype).removeprefix('torch.')}[{'x'.join(str(int(size)) for size in result.shape)}]"
+
+
+def _shown(argument: Any, names: Mapping[fx.Node, str]) -> str:
+    if isinstance(argument, (list, tuple)):
+        return f"[{', '.join(_shown(each, names) for each in argument)}]"
+    return names.get(argument, str(argument)) if isinstance(argument, fx.Node) else str(argument)
+
+
 def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
     """Normal random numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

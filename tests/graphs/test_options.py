@@ -124,6 +124,7 @@ def test_a_gpu_that_is_not_at_hand_can_be_compiled_for(target):
 )
 @torch.no_grad()
 def test_a_pass_can_be_switched_off(name, spelling):
+    inputs = activations(3, K), *([torch.tensor([0, 2, 2])] if spelling.experts else [])
     run = compiling(Packed(spelling), {"disable": [name]})
     run(*inputs)
     (entry,) = run.report.refused
