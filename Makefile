@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test fuzz lint bench clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -17,6 +17,9 @@ fuzz: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .venv/ready
+	$(BIN)/python -m fp4pass bench
 
 # torch first and by itself: with a CPU build in place nothing later pulls the CUDA packages in.
 .venv/ready: pyproject.toml

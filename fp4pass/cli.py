@@ -1,9 +1,8 @@
-"""The command line: ``python -m fp4pass synthesize | generate | explain | doctor``."""
+"""The command line: ``python -m fp4pass synthesize | generate | explain | doctor | bench``."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import re
 import sys
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fp4pass import _torch, doctor
+from fp4pass import _torch, bench, doctor
 from fp4pass.checkpoint.load import from_pretrained, skeleton
 from fp4pass.checkpoint.releases import RELEASES, Sizes
 from fp4pass.errors import CheckpointError, DeviceError, Fp4passError
@@ -49,10 +48,7 @@ def _complain(error: Exception) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=28)
-    parser = argparse.ArgumentParser(
-        "fp4pass", description="NVFP4 checkpoints on GPUs without FP4.", formatter_class=layout
-    )
+    parser = argparse.ArgumentParser("fp4pass", description="NVFP4 checkpoints on GPUs without FP4.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     make = commands.add_parser("synthesize", help="write a checkpoint with random weights, at any size")
@@ -86,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="print the report as JSON")
 
     commands.add_parser("doctor", help="versions, devices and a self-test").set_defaults(run=_doctor)
+
+    time = commands.add_parser("bench", help="time of a release's quantized linear layers beside BF16, on a GPU")
+    time.set_defaults(run=_bench)
+    time.add_argument("--like", default="nano", choices=RELEASES, help="whose layers (%(default)s)")
+    time.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 2048], metavar="N")
     return parser
 
 
@@ -148,6 +149,18 @@ def _doctor(given: argparse.Namespace) -> int:
     return OK if well else FOUND_FAULTS
 
 
+def _bench(given: argparse.Namespace) -> int:
+    device = torch.device("cuda")
+    _check_present(device)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; medians; errors relative to float64")
+    print(bench.HEADING)
+    right = True
+    for row in bench.measure(given.like, RELEASES[given.like].sizes, given.tokens, device):
+        print(row, flush=True)
+        right &= row.right
+    return OK if right else FOUND_FAULTS
+
+
 def _device(text: str) -> torch.device:
     try:
         return torch.device(text)
@@ -160,9 +173,9 @@ def _check_present(device: torch.device) -> None:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DeviceError(
             "this machine does not have the device that was asked for",
-            seen=f"--device {device}, {count} GPUs (torch {torch.__version__})",
-            expected="cpu" if not count else f"cpu, or cuda:0 to cuda:{count - 1}",
-            do="leave --device out, or install a CUDA build of torch if there is a GPU",
+            seen=f"{device} asked for, {count} GPUs (torch {torch.__version__})",
+            expected=f"a GPU below number {count}" if count else "a GPU",
+            do="use a machine that has it, or install a CUDA build of torch if this one does",
         )
 
 
