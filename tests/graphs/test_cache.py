@@ -30,8 +30,9 @@ from .test_near_misses import NF4
 PLAIN = LINEARS["table_of_16"]
 TABLE = decodes.E2M1.clone()
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 never_cached = pytest.mark.xfail(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13),
+    TORCH >= (2, 13),
     strict=True,
     reason="from 2.13 on the decompositions are part of Inductor's key, and the table of them cannot be pickled",
 )
@@ -172,6 +173,18 @@ def test_a_table_put_in_the_place_of_another_under_a_live_graph(passes):
     assert_right(call, module, x)
 
 
+@pytest.mark.xfail(
+    TORCH < (2, 13), strict=True, reason="the report's key does not tell a training graph from an inference graph"
+)
+def test_training_and_inference_keep_reports_of_their_own(passes):
+    module, x = Packed(PLAIN), activations(3, K)
+    for training in (False, True, False):
+        with torch.set_grad_enabled(training):
+            compiled(module)(x.requires_grad_(training))
+        ops = [entry.op for entry in last_report().rewritten]
+        assert ops == ["fp4pass.linear"] + ["fp4pass.linear_backward"] * training
+
+
 CHILD = """
 import json, sys
 import torch
@@ -198,7 +211,7 @@ json.dump([len(runs), [[e.module, e.op] for e in last_report().rewritten]], sys.
 """
 
 
-@never_cached
+@pytest.mark.xfail(strict=True, reason="built-in functions go into the report's key with their address")
 def test_a_second_process_has_the_report_of_the_first(tmp_path):
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 

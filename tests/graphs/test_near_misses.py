@@ -251,6 +251,27 @@ def test_activations_without_a_kernel():
     assert_refused(Packed(PLAIN), (activations(3, K, dtype=torch.float64),), Reason.DTYPE, "float64")
 
 
+def test_a_single_matrix_in_a_batched_product():
+    def multiply(m, x, _):
+        return torch.einsum("bik,nk->bin", x, m.weight(x.dtype))
+
+    assert_refused(Packed(replace(PLAIN, multiply=multiply)), (activations(2, 3, K),))
+
+
+def test_parameters_that_are_not_contiguous():
+    for part in ("codes", "scale"):
+        module = Packed(PLAIN)
+        turned = getattr(module, part).t().contiguous().t()
+        setattr(module, part, nn.Parameter(turned, requires_grad=False))
+        assert_refused(module, (activations(3, K),), detail="not contiguous")
+
+
+@pytest.mark.xfail(strict=True, reason="aten.mv is not known as a product, so nothing is said of it")
+def test_a_product_with_a_vector():
+    by_vector = replace(PLAIN, multiply=lambda m, x, _: m.weight(x.dtype) @ x)
+    assert_refused(Packed(by_vector), (activations(K),))
+
+
 class RowsPicked(Packed):
     def __init__(self, rows):
         super().__init__(PLAIN)

@@ -33,7 +33,7 @@ def test_any_number_of_rows(name, dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("shape", [(2, 3, K), (1, 1, K), (2, 1, 4, K)])
+@pytest.mark.parametrize("shape", [(K,), (2, 3, K), (1, 1, K), (2, 1, 4, K)])
 @torch.no_grad()
 def test_any_rank_of_input(shape, dynamic):
     module, x = Packed(LINEARS["table_of_16"], bias=True), activations(*shape)
