@@ -281,7 +281,7 @@ def test_the_sources_are_part_of_the_key(monkeypatch):
 
 
 class Other:
-    """Somebody else's pass, which multiplies by nothing and counts."""
+    """A pass of somebody else that changes nothing and counts its runs."""
 
     def __init__(self, name):
         self.name, self.runs = name, 0

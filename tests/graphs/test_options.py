@@ -8,8 +8,9 @@ import torch
 from fp4pass.errors import OptionError
 from fp4pass.match.reasons import Reason
 from fp4pass.options import Options
+from fp4pass.report import last_report
 
-from .running import activations, called, compiling
+from .running import activations, called, compiling, relative_error
 from .spellings import LINEARS, PRODUCTS_OF_EXPERTS, K, Packed
 
 PLAIN, GATHERED = LINEARS["table_of_16"], PRODUCTS_OF_EXPERTS["gathered_after_decode"]
@@ -99,6 +100,17 @@ def test_products_are_found_in_every_mode(mode, rows):
     run = compiling(Packed(PLAIN), {"mode": mode})
     run(activations(rows, K))
     assert [entry.op for entry in run.report.rewritten] == ["fp4pass.linear"]
+
+
+@pytest.mark.parametrize("asked", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune"}}])
+@torch.no_grad()
+def test_a_mode_is_taken_as_torch_hands_it_over(asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    module, x = Packed(PLAIN), activations(1, K)
+    result = torch.compile(module, backend="fp4pass", **asked)(x)
+    assert relative_error(result, module.exact_product(x)) < 1e-6
+    assert [entry.op for entry in last_report().rewritten] == ["fp4pass.linear"]
 
 
 @pytest.mark.parametrize("target, reason", [(75, Reason.TOO_OLD), (100, Reason.NATIVE_FP4), (120, Reason.NATIVE_FP4)])
