@@ -19,10 +19,10 @@ from transformers.utils import logging
 import fp4pass
 from fp4pass.synthesize import synthesize
 
-# Three Mamba layers, two of experts, one of attention. Every width is a multiple of 16 and none is one of 64: nothing
+# Two Mamba layers, two of experts, one of attention. Every width is a multiple of 16 and none is one of 64: nothing
 # here fits a tile by luck.
 SIZES = {
-    "layers": 6,
+    "layers": 5,
     "hidden": 336,
     "experts": 16,
     "top_k": 4,
