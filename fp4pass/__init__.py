@@ -6,12 +6,13 @@ Importing this registers the ModelOpt quantizer with transformers, so that ``fro
 from fp4pass import nvfp4
 from fp4pass.checkpoint.load import from_pretrained
 from fp4pass.checkpoint.quantizer import register as _register
+from fp4pass.decorator import compile
 from fp4pass.explain import explain
 from fp4pass.options import Options
 from fp4pass.report import Report, last_report
 
 __version__ = "0.1.0"
 
-__all__ = ["Options", "Report", "explain", "from_pretrained", "last_report", "nvfp4"]
+__all__ = ["Options", "Report", "compile", "explain", "from_pretrained", "last_report", "nvfp4"]
 
 _register()

@@ -60,9 +60,16 @@ def decompositions_keeping_products() -> dict[Any, Callable[..., Any]]:
     Under coordinate descent tuning (``max-autotune``) these would take the product away before any pass could see it.
     """
     aten = torch.ops.aten
-    kept = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+    kept = (aten.mm, aten.mv, aten.bmm, aten.addmm, aten.baddbmm)
     table = select_decomp_table()
-    return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in kept}
+    return _Decompositions((op, rule) for op, rule in table.items() if getattr(op, "overloadpacket", None) not in kept)
+
+
+class _Decompositions(dict):
+    """A table that pickles as what made it: torch 2.13 pickles it into its cache key, and the rules cannot be."""
+
+    def __reduce__(self) -> tuple:
+        return decompositions_keeping_products, ()
 
 
 def is_inductor_option(name: str) -> bool:

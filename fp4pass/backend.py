@@ -54,12 +54,16 @@ def fp4pass(
         return compiled
 
     def guarded(*inputs: Any) -> Any:
-        """A table that is written to gets a compile of its own."""
-        nonlocal compiled
-        if call.tables_changed():
-            log.info("a decode table has changed: compiling again")
-            compiled = fp4pass(gm, example_inputs, mode=mode, options=options)
-        return compiled(*inputs)
+        """A table with other values voids the proof: the graph then runs as it was captured."""
+        if not call.tables_changed(inputs):
+            return compiled(*inputs)
+        warnings.warn(
+            "a decode table has other values than when this graph was compiled; the graph runs uncompiled. "
+            "Call torch.compiler.reset() to compile with the new values.",
+            Fp4passWarning,
+            stacklevel=2,
+        )
+        return gm(*inputs)
 
     return guarded
 
@@ -129,14 +133,22 @@ def _announce(report: Report, options: Options) -> None:
 def _key(gm: fx.GraphModule, examples: Sequence[Any], ours: Fp4Pass) -> str:
     """A hash of the graph without its inputs' names, so that equal models with other module names share a report."""
     index: dict[fx.Node, int] = {}
-    found = hashlib.sha256(repr(ours.uuid()).encode())
+    found = hashlib.sha256(repr((ours.uuid(), torch.is_grad_enabled(), torch.is_autocast_enabled())).encode())
     for node in gm.graph.nodes:
         index[node] = len(index)
         flat, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda leaf: isinstance(leaf, fx.Node))
         arguments = [f"%{index[leaf]}" if isinstance(leaf, fx.Node) else repr(leaf) for leaf in flat]
-        target = "" if node.op == "placeholder" else str(node.target)
+        target = "" if node.op == "placeholder" else _target_name(node.target)
         found.update(f"{node.op} {target} {arguments} {spec}\n".encode())
     for example in examples:
         is_tensor = isinstance(example, torch.Tensor)
-        found.update(str((example.dtype, example.shape, example.device) if is_tensor else type(example)).encode())
+        facts = (example.dtype, example.shape, example.device, example.requires_grad) if is_tensor else type(example)
+        found.update(str(facts).encode())
     return found.hexdigest()[:40]
+
+
+def _target_name(target: Any) -> str:
+    """The same in every process, unlike ``str`` of a built-in function."""
+    if isinstance(target, str) or not hasattr(target, "__qualname__"):
+        return str(target)
+    return f"{target.__module__}.{target.__qualname__}"

@@ -25,9 +25,9 @@ def explain(
     """Trace ``model(*args, **kwargs)``, run the passes and their proofs, and tell what became of each product.
 
     The same tracing and the same proofs as a compile, but no code is generated. Nothing needs values: model and
-    arguments may lie on the meta device (``fp4pass.checkpoint.load.skeleton(path)`` builds a checkpoint's model there), and
-    ``options={"target_sm": 90}`` asks for a GPU that is not at hand. Gradients are off. All graphs of the call are in
-    one report. The call itself is run, with the rewritten graphs.
+    arguments may lie on the meta device (``fp4pass.checkpoint.load.skeleton(path)`` builds a checkpoint's model
+    there), and ``options={"target_sm": 90}`` asks for a GPU that is not at hand. Gradients are off. All graphs of the
+    call are in one report. The call itself is run, with the rewritten graphs.
 
     Raises what a compile with the same options raises, but for ``require_match``.
     """

@@ -16,6 +16,7 @@ from torch import fx
 
 from fp4pass import _torch
 from fp4pass.match.cone import CODE_DTYPES
+from fp4pass.match.products import table_bytes
 from fp4pass.match.roles import TABLE_BYTES, TABLE_SIZES
 
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -33,29 +34,32 @@ class CallInputs:
             _torch.is_static_input(example) or source.startswith("G[")
             for example, source in zip(examples, sources, strict=True)
         ]
-        self._live = {i: examples[i] for i in _table_candidates(gm.graph, placeholders, examples) if self.constant[i]}
-        self.tables = {i: t.detach().cpu().clone() for i, t in self._live.items() if _torch.is_real(t)}
-        self._versions = self._stamps()
+        candidates = {i: examples[i] for i in _table_candidates(gm.graph, placeholders, examples) if self.constant[i]}
+        self.tables = {i: t.detach().cpu().clone() for i, t in candidates.items() if _torch.is_real(t)}
+        self._stamps = self._stamps_of(examples)
 
     def digest(self) -> str:
         """A hash of every table's position and values."""
         found = hashlib.sha256()
         for i, table in sorted(self.tables.items()):
             found.update(f"{i} {table.dtype} {tuple(table.shape)}".encode())
-            found.update(table.contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(table_bytes(table))
         return found.hexdigest()
 
-    def tables_changed(self) -> bool:
-        """Whether a table's values are no longer those that were read."""
-        stamps = self._stamps()
-        if stamps == self._versions and None not in stamps:
+    def tables_changed(self, inputs: Sequence[Any]) -> bool:
+        """Whether a call's tables have other values than those that were read."""
+        stamps = self._stamps_of(inputs)
+        if stamps == self._stamps and None not in stamps:
             return False
-        self._versions = stamps
-        return any(not torch.equal(self._live[i].cpu(), table) for i, table in self.tables.items())
+        if any(not torch.equal(inputs[i].cpu(), table) for i, table in self.tables.items()):
+            return True
+        self._stamps = stamps
+        return False
 
-    def _stamps(self) -> list[int | None]:
-        """A number for each table that every change in place raises; inference tensors have none."""
-        return [None if self._live[i].is_inference() else self._live[i]._version for i in self.tables]
+    def _stamps_of(self, inputs: Sequence[Any]) -> list[tuple[int, int] | None]:
+        """For each table what tells another tensor, and every write to the same one; inference tensors have no such."""
+        tables = [inputs[i] for i in self.tables]
+        return [None if table.is_inference() else (table.data_ptr(), table._version) for table in tables]
 
 
 class GraphInputs:
@@ -83,7 +87,9 @@ def module_path(source: str) -> str:
     steps = _STEP.findall(source)
     if steps:
         tail = source[[m.end() for m in _STEP.finditer(source)][-1] :]
-        return ".".join(steps) + re.sub(r"[^\w.].*", "", tail)
+        # The module itself: a local has no name of its own, a global has one.
+        owner = re.match(r"G\['([^']+)'\]", source)
+        return ".".join([*owner.groups(), *steps] if owner else steps) + re.sub(r"[^\w.].*", "", tail)
     plain = re.fullmatch(r"[LG]\['([^']+)'\]", source)
     return plain[1] if plain else source
 
@@ -119,7 +125,7 @@ def _is(example: Any) -> bool:
 
 def _may_be_table(tensor: torch.Tensor, codes: Sequence[torch.Tensor], experts: set[int]) -> bool:
     """Not so the block scales of some codes, nor one global scale an expert: their values must stay out of the key."""
-    if tensor.dtype == torch.float8_e4m3fn or any(tensor.numel() * 8 == c.numel() for c in codes):
+    if tensor.element_size() == 1 and any(tensor.numel() * 8 == c.numel() for c in codes):
         return False
     return tensor.numel() not in experts
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# A parameter of this name says no more than its module does.
+_OWN_NAMES = ("weight", "weight_packed", "qdata", "codes")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -80,8 +82,18 @@ class Report:
         if not total:
             return "fp4pass: no quantized product in this graph"
         lines = [f"fp4pass: {len(self.rewritten)} of {total} quantized products rewritten ({self.target})"]
-        done = [(name, str(count), e.op, _shape(e), e.lowering, e.source) for name, count, e in _fold(self.rewritten)]
-        lines += _table(("module", "layers", "now", "weight", "lowering", "source"), done)
+        done = [
+            {
+                "module": name,
+                "layers": str(count),
+                "now": e.op,
+                "weight": _shape(e),
+                "lowering": e.lowering,
+                "source": e.source,
+            }
+            for name, count, e in _fold(self.rewritten)
+        ]
+        lines += _table(done, said_once=("lowering", "source"))
         reasons: dict[tuple[str, str], list[str]] = {}
         for name, count, e in _fold(self.refused):
             described = f"{name} ({f'{count} x ' if count > 1 else ''}{e.op}, {_shape(e)})"
@@ -98,7 +110,7 @@ def common_module(names: Sequence[str]) -> str:
         return ""
     if len(parts) == 1:
         *owner, last = parts[0]
-        return ".".join(owner if owner and last in ("weight", "weight_packed", "qdata") else parts[0])
+        return ".".join(owner if owner and last in _OWN_NAMES else parts[0])
     shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
     return ".".join(column[0] for column in shared)
 
@@ -127,13 +139,17 @@ def _abridged(numbers: list[str]) -> list[str]:
     return numbers if len(numbers) <= 4 else [*numbers[:2], "...", numbers[-1]]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(rows: Sequence[dict[str, str]], said_once: Sequence[str]) -> list[str]:
+    """Aligned columns under their names; of ``said_once`` those that are equal in every row stand above, on a line."""
     if not rows:
         return []
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]
+    equal = [name for name in said_once if len({row[name] for row in rows}) == 1]
+    above = [f"{name}: {rows[0][name]}" for name in equal]
+    names = [name for name in rows[0] if name not in equal]
+    cells = [names, *([row[name] for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    return [*above, *("  ".join(row).rstrip() for row in padded)]
 
 
 class Store:

@@ -22,6 +22,7 @@ class Anchor:
 
 ANCHORS: dict[torch._ops.OpOverload, Anchor] = {
     aten.mm.default: Anchor(0, 1),
+    aten.mv.default: Anchor(0, 1),
     aten.addmm.default: Anchor(1, 2, bias=0),
     aten.bmm.default: Anchor(0, 1),
     aten.baddbmm.default: Anchor(1, 2, bias=0),
@@ -29,7 +30,10 @@ ANCHORS: dict[torch._ops.OpOverload, Anchor] = {
 }
 
 # Registered by transformers when its experts are imported; no import of ours may pull transformers in.
-_BY_NAME = {"transformers::grouped_mm_fallback": Anchor(0, 1, offsets=2)}
+_BY_NAME = {
+    "transformers::grouped_mm_fallback": Anchor(0, 1, offsets=2),
+    "transformers::grouped_mm_fallback_backward": Anchor(0, 1, offsets=2),
+}
 
 
 def anchor_of(node: fx.Node) -> Anchor | None:

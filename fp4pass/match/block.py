@@ -54,7 +54,8 @@ class _Frame:
 
 def find_blocks(products: Sequence[Product]) -> list[Block]:
     """Every pair of expert products that a whole block can take the place of."""
-    experts = [p for p in products if p.weight.roles.experts is not None and not p.sums_rows]
+    experts = [p for p in products if p.weight.roles.experts is not None and value(p.node) is not None]
+    experts = [p for p in experts if not p.sums_rows]
     with _torch.real_tensors(), torch.no_grad():
         tries = [_block(down, {p.node: p for p in experts if p is not down}) for down in experts]
     return [block for block in tries if block is not None]

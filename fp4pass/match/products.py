@@ -106,8 +106,8 @@ def _structure(cone: Cone, inputs: Inputs) -> Hashable:
 
     def leaf_kind(node: fx.Node) -> Hashable:
         tensor, table = value(node), inputs.table(node)
-        values = None if table is None else table.view(torch.uint8).numpy().tobytes()
-        meta = (str(tensor.dtype), repr(concrete(list(tensor.shape)))) if tensor is not None else None
+        values = None if table is None else table_bytes(table)
+        meta = tensor is not None and (str(tensor.dtype), repr(concrete([*tensor.shape, *tensor.stride()])))
         return (meta, node.op == "call_function", inputs.is_constant(node), values)
 
     operations = []
@@ -116,3 +116,8 @@ def _structure(cone: Cone, inputs: Inputs) -> Hashable:
         operations.append((str(node.target), tuple(map(neutral, flat)), str(spec)))
     leaves = tuple(leaf_kind(node) for node in (*cone.leaves, *cone.ids))
     return (leaves, len(cone.ids), tuple(operations))
+
+
+def table_bytes(table: torch.Tensor) -> bytes:
+    """A table's values, for keys."""
+    return table.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

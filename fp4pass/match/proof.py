@@ -54,6 +54,8 @@ def _explain(cone: Cone, roles: Roles, replay: Replay) -> Weight | Refusal:
     candidates = [(c, rows_last) for rows_last in (False, True) for c in conventions(roles.global_scale is not None)]
     for fill in fills(cone, roles, replay):
         found = replay(fill.leaves, fill.sizes).to(torch.float64)
+        if roles.experts is None and found.dim() == 3 and found.shape[0] == 1:
+            found = found[0]  # a batch of one, as einsum makes it
         candidates = [(c, last) for c, last in candidates if _agrees(found.mT if last else found, c, roles, fill)]
         if not candidates:
             return diagnose(roles, replay, fill)

@@ -61,9 +61,17 @@ class Reason(Enum):
         "some rows or experts are decoded differently from the others",
         "decode every row and every expert alike",
     )
+    ROWS_PICKED = (
+        "an index picks or reorders rows of the weight",
+        "multiply by the whole weight and pick from the product",
+    )
     SCALES_MISPLACED = (
         "the block scales are read in an order that is neither linear nor the 128x4 tiles",
         "store scales row by row: one for every 16 elements of a row",
+    )
+    STRIDED = (
+        "codes or block scales do not lie contiguously in memory",
+        "call .contiguous() on them once, when loading",
     )
     TABLE_CHANGES = (
         "the decode table is an argument of the call, so its values may change under the compiled graph",

@@ -114,6 +114,10 @@ def assign(cone: Cone, inputs: Inputs) -> Roles | Refusal:
         return Refusal(Reason.EIGHT_BIT, f"{tensor.dtype}, {list(tensor.shape)}")
     if scale is None:
         return Refusal(Reason.NO_SCALES, f"inputs of the weight: {', '.join(leaf.name for leaf in cone.leaves)}")
+    if cone.ids and tensor.dim() != 3:
+        return Refusal(Reason.ROWS_PICKED, f"by {cone.ids[0].name}")
+    if not (tensor.is_contiguous() and value(scale).is_contiguous()):
+        return Refusal(Reason.STRIDED, f"codes {tensor.stride()}, scales {value(scale).stride()}")
     if tensor.dim() > 3:
         return Refusal(Reason.UNKNOWN_OP, f"codes of {tensor.dim()} dimensions")
     experts = tensor.shape[0] if tensor.dim() == 3 else None
@@ -136,9 +140,14 @@ def assign(cone: Cone, inputs: Inputs) -> Roles | Refusal:
 
 
 def _is_global(cone: Cone, leaf: fx.Node, experts: int | None) -> bool:
-    """One float, or one an expert, that nothing but expert ids picks from (which sets it apart from a table)."""
+    """One float of the inputs, or one an expert, that only expert ids pick from, as nobody does from a table."""
     tensor = value(leaf)
-    return tensor.dtype in _FLOATS and tensor.numel() in (1, experts) and not _is_looked_up(cone, leaf)
+    return (
+        leaf.op == "placeholder"
+        and tensor.dtype in _FLOATS
+        and tensor.numel() in (1, experts)
+        and not _is_looked_up(cone, leaf)
+    )
 
 
 def _is_looked_up(cone: Cone, leaf: fx.Node) -> bool:

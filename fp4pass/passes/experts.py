@@ -43,10 +43,10 @@ def rewrite_experts(rewriter: Rewriter) -> None:
 
 def _refusal(product: Product) -> Refusal | None:
     x = value(product.x)
+    if product.sums_rows or value(product.node) is None:
+        return Refusal(Reason.BACKWARD)
     if x.dtype not in ACTIVATION_DTYPES or x.dtype != value(product.node).dtype:
         return Refusal(Reason.DTYPE, f"input {x.dtype}")
-    if product.sums_rows:
-        return Refusal(Reason.BACKWARD)
     ids = product.weight.roles.ids
     if product.anchor.offsets is not None:
         plain = ids is None and not product.weight_left and x.dim() == 2 and _offsets(product) is not None
@@ -72,9 +72,16 @@ def _grouped(rewriter: Rewriter, product: Product) -> fx.Node:
     return rewriter.call(ops.grouped_linear.default, product.x, codes, scale, factor, _offsets(product), layout)
 
 
+def _counted_from_the_front(rewriter: Rewriter, ids: fx.Node, experts: int) -> fx.Node:
+    """Indexing counts negative ids from the last expert; the op gives zero for them."""
+    negative = rewriter.call(aten.lt.Scalar, ids, 0)
+    return rewriter.call(aten.where.self, negative, rewriter.call(aten.add.Tensor, ids, experts), ids)
+
+
 def _gathered(rewriter: Rewriter, product: Product) -> fx.Node:
     unit = 2 if product.weight_left else 1
     rows = rewriter.call(aten.squeeze.dim, product.x, unit)
     codes, scale, factor, layout = rewriter.operands(product)
-    out = rewriter.call(ops.gathered_linear.default, rows, codes, scale, factor, product.weight.roles.ids, layout)
+    ids = _counted_from_the_front(rewriter, product.weight.roles.ids, product.weight.roles.experts)
+    out = rewriter.call(ops.gathered_linear.default, rows, codes, scale, factor, ids, layout)
     return rewriter.call(aten.unsqueeze.default, out, unit)

@@ -19,7 +19,7 @@ def rewrite_linear(rewriter: Rewriter) -> None:
     Given::
 
         %w   = <code x block scale x global scale>            # [N, K] or its transpose
-        %out = aten.mm(%x, %w)                                # or addmm with a bias, or %w on the left
+        %out = aten.mm(%x, %w)                                # or addmm, mv, bmm of batch 1; or %w on the left
 
     Result::
 
@@ -27,7 +27,7 @@ def rewrite_linear(rewriter: Rewriter) -> None:
         %out = fp4pass.linear_backward(%x, %codes, %scale, %global, layout)      # sums over N
     """
     for product in list(rewriter.products):
-        if product.weight.roles.experts is not None or value(product.node).dim() != 2:
+        if product.weight.roles.experts is not None:
             continue
         if value(product.x).dtype not in ACTIVATION_DTYPES or value(product.x).dtype != value(product.node).dtype:
             rewriter.refuse(product, Refusal(Reason.DTYPE, f"input {value(product.x).dtype}"))
@@ -38,16 +38,23 @@ def rewrite_linear(rewriter: Rewriter) -> None:
 
 def _build(rewriter: Rewriter, product: Product) -> fx.Node:
     call = rewriter.call
-    x = call(aten.permute.default, product.x, [1, 0]) if product.weight_left else product.x
+    turned = product.weight_left and value(product.x).dim() > 1
+    x = _turned(rewriter, product.x) if turned else product.x
     codes, scale, factor, layout = rewriter.operands(product)
     bias = _fusable_bias(product)
     if product.sums_rows:
         out = call(ops.linear_backward.default, x, codes, scale, factor, layout)
     else:
         out = call(ops.linear.default, x, codes, scale, factor, bias, layout)
-    if product.weight_left:
-        out = call(aten.clone.default, call(aten.permute.default, out, [1, 0]))
+    if turned:
+        out = call(aten.clone.default, _turned(rewriter, out))
     return out if bias is not None or product.anchor.bias is None else _add_bias(rewriter, product, out)
+
+
+def _turned(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """The transpose of a matrix, or of each in a batch."""
+    *lead, rows, columns = range(value(node).dim())
+    return rewriter.call(aten.permute.default, node, [*lead, columns, rows])
 
 
 def _fusable_bias(product: Product) -> fx.Node | None:

@@ -87,6 +87,5 @@ def test_grouped_experts_have_no_backward():
     assert_no_gradients(PRODUCTS_OF_EXPERTS["grouped"], ENDS, dtype=torch.bfloat16)
 
 
-@pytest.mark.xfail(strict=True, reason="transformers::grouped_mm_fallback_backward is not known as a product")
 def test_grouped_experts_of_transformers_have_no_backward():
     assert_no_gradients(PRODUCTS_OF_EXPERTS["grouped_by_transformers"], ENDS)

@@ -161,10 +161,13 @@ def test_gathered_experts(passes):
 t5 = aten.unsqueeze.default(in0, -1)  # bfloat16[7x80x1]
 t6 = aten.squeeze.dim(t5, 2)  # bfloat16[7x80]
 t7 = aten.view.dtype(in1, torch.uint8)  # uint8[3x48x5]
-t8 = fp4pass.gathered_linear.default(t6, in2, t7, in3, in4, interleaved)  # bfloat16[7x48]
-t9 = aten.unsqueeze.default(t8, 2)  # bfloat16[7x48x1]
-t10 = aten.squeeze.dim(t9, -1)  # bfloat16[7x48]
-return [t10]""",
+t8 = aten.lt.Scalar(in4, 0)  # bool[7]
+t9 = aten.add.Tensor(in4, 3)  # int64[7]
+t10 = aten.where.self(t8, t9, in4)  # int64[7]
+t11 = fp4pass.gathered_linear.default(t6, in2, t7, in3, t10, interleaved)  # bfloat16[7x48]
+t12 = aten.unsqueeze.default(t11, 2)  # bfloat16[7x48x1]
+t13 = aten.squeeze.dim(t12, -1)  # bfloat16[7x48]
+return [t13]""",
     )
 
 
