@@ -24,7 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fp4pass.errors import CheckpointError
+from fp4pass.errors import CheckpointError, DeviceError
 
 from .config import QuantConfig, checkpoint_name
 from .packed import PackedModule
@@ -56,6 +56,19 @@ class ModelOptQuantizer(HfQuantizer):
         self.precision = QuantConfig.from_dict(quantization_config.to_dict())
         self.dropped: tuple[str, ...] = ()
         self._dtypes: dict[str, torch.dtype] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a GPU that is not there, before anything is read."""
+        wanted = device_map.values() if isinstance(device_map, dict) else [device_map]
+        names = [str(each) for each in wanted if each is not None]
+        on_gpu = [name for name in names if name.isdigit() or name.startswith("cuda")]
+        if on_gpu and not torch.cuda.is_available():
+            raise DeviceError(
+                "the model is to be put on a GPU, and there is none",
+                seen=f"device_map {device_map!r}; torch {torch.__version__} sees no CUDA device",
+                expected="a CUDA device and a CUDA build of torch",
+                do="leave device_map out to load on the CPU; `python -m fp4pass doctor` shows what torch sees",
+            )
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -17,7 +17,7 @@ from fp4pass.checkpoint import packed, quantizer
 from fp4pass.checkpoint.load import from_pretrained, skeleton
 from fp4pass.checkpoint.modules import NVFP4Experts, NVFP4Linear
 from fp4pass.checkpoint.packed import PackedModule
-from fp4pass.errors import VersionError
+from fp4pass.errors import DeviceError, VersionError
 from fp4pass.synthesize import synthesize
 
 from .files import altered, read_tensors, same_bytes
@@ -260,3 +260,11 @@ def test_a_name_that_is_taken_is_left_alone(nano_dir, monkeypatch, caplog):
     assert auto.AUTO_QUANTIZER_MAPPING["modelopt"] is Stranger and "is taken by" in caplog.text
     with pytest.raises(VersionError, match="another package"):
         from_pretrained(nano_dir)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("device_map", ["cuda", "cuda:1", {"": 0}])
+def test_a_gpu_that_is_not_there(nano_dir, device_map):
+    pytest.importorskip("accelerate", reason="transformers asks for it before a device_map comes to us")
+    with pytest.raises(DeviceError, match="sees no CUDA device"):
+        from_pretrained(nano_dir, device_map=device_map)
