@@ -16,8 +16,8 @@ from torch import fx
 
 from fp4pass import _torch
 from fp4pass.match.cone import CODE_DTYPES
-from fp4pass.match.products import table_bytes
 from fp4pass.match.roles import TABLE_BYTES, TABLE_SIZES
+from fp4pass.match.structure import table_bytes
 
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
@@ -31,7 +31,7 @@ class CallInputs:
         sources = [_torch.source_of(node) for node in placeholders]
         self.names = [module_path(source) for source in sources]
         self.constant = [
-            _torch.is_static_input(example) or source.startswith("G[")
+            _torch.is_static_input(example) or source.startswith("G[") or "__closure__" in source
             for example, source in zip(examples, sources, strict=True)
         ]
         candidates = {i: examples[i] for i in _table_candidates(gm.graph, placeholders, examples) if self.constant[i]}

@@ -7,7 +7,7 @@ scaled down, the tokens and their routing stay as they are. Whole numbers keep e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,12 @@ from fp4pass.match.dims import Symbol, plain
 from fp4pass.match.products import Product
 from fp4pass.match.replay import Part, Replay, StandIn
 from fp4pass.match.shapes import concrete
+from fp4pass.match.structure import Memo, structure
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 LARGEST_REGION = 200
+_VERDICTS = Memo()
 NARROW = {"H": 4, "I": 6, "O": 5}
 
 
@@ -75,8 +77,14 @@ def _block(down: Product, others: Mapping[fx.Node, Product]) -> Block | None:
     if region is None:
         return None
     nodes, leaves = region
-    activation = _prove(nodes, leaves, end, up, down, frame)
+    key = (structure(leaves, nodes, {p.node: _described(p) for p in (up, down)}), frame, up.weight.roles.experts)
+    activation = _VERDICTS(key, lambda: _prove(nodes, leaves, end, up, down, frame))
     return None if activation is None else Block(up, down, *leaves, end, activation)
+
+
+def _described(product: Product) -> tuple[Hashable, list[fx.Node]]:
+    """What the stand-in for a product depends on, and the nodes that it reads."""
+    return (product.weight_left, product.weight.roles.ids is None), _row_inputs(product)
 
 
 def _end(node: fx.Node) -> fx.Node | None:

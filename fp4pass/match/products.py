@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fp4pass import _torch
 from fp4pass.match.anchors import Anchor, anchor_of
@@ -19,7 +14,7 @@ from fp4pass.match.convention import Convention
 from fp4pass.match.proof import Weight, prove
 from fp4pass.match.reasons import Refusal
 from fp4pass.match.roles import Inputs, assign
-from fp4pass.match.shapes import concrete
+from fp4pass.match.structure import Memo, structure, table_bytes
 
 
 @dataclass(frozen=True)
@@ -42,39 +37,11 @@ class Product:
         return self.weight.rows_last == self.weight_left
 
 
-class Prover:
-    """Proofs, kept by the structure of what was proven: equal layers are proven once."""
-
-    def __init__(self, keep: int = 4096) -> None:
-        self._keep = keep
-        self._verdicts: OrderedDict[Hashable, tuple[Convention, bool] | Refusal] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, cone: Cone, inputs: Inputs) -> Weight | Refusal:
-        """`prove`, or what it said of a cone of the same structure and tables."""
-        with _torch.real_tensors(), torch.no_grad():
-            return self._verdict(cone, inputs)
-
-    def _verdict(self, cone: Cone, inputs: Inputs) -> Weight | Refusal:
-        key = _structure(cone, inputs)
-        with self._lock:
-            known = self._verdicts.get(key)
-        if known is not None:
-            return known if isinstance(known, Refusal) else Weight(assign(cone, inputs), *known)
-        verdict = prove(cone, inputs)
-        with self._lock:
-            refused = isinstance(verdict, Refusal)
-            self._verdicts[key] = verdict if refused else (verdict.convention, verdict.rows_last)
-            while len(self._verdicts) > self._keep:
-                self._verdicts.popitem(last=False)
-        return verdict
+_VERDICTS = Memo()
 
 
-PROVER = Prover()
-
-
-def find_products(graph: fx.Graph, inputs: Inputs, prover: Prover = PROVER) -> list[Product]:
-    """All products that have an operand computed from packed codes, in graph order."""
+def find_products(graph: fx.Graph, inputs: Inputs) -> list[Product]:
+    """All products that have an operand computed from packed codes, in graph order. Equal layers are proven once."""
     tainted = code_tainted(graph)
     found = []
     for node in graph.nodes:
@@ -83,41 +50,31 @@ def find_products(graph: fx.Graph, inputs: Inputs, prover: Prover = PROVER) -> l
             continue
         for position in (anchor.left, anchor.right):
             if node.args[position] in tainted:
-                found.append(_product(node, anchor, position == anchor.left, tainted, inputs, prover))
+                found.append(_product(node, anchor, position == anchor.left, tainted, inputs))
                 break
     return found
 
 
-def _product(
-    node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.Node], inputs: Inputs, prover: Prover
-) -> Product:
+def _product(node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.Node], inputs: Inputs) -> Product:
     weight_at, x_at = (anchor.left, anchor.right) if weight_left else (anchor.right, anchor.left)
     cone = extract(node.args[weight_at], tainted)
     codes = max((leaf for leaf in cone.leaves if holds_codes(leaf)), key=lambda leaf: value(leaf).numel())
-    return Product(node, anchor, codes, node.args[x_at], weight_left, prover(cone, inputs))
+    with _torch.real_tensors(), torch.no_grad():
+        weight = _proven(cone, inputs)
+    return Product(node, anchor, codes, node.args[x_at], weight_left, weight)
 
 
-def _structure(cone: Cone, inputs: Inputs) -> Hashable:
-    """What a verdict depends on: operations, their arguments, the leaves' kinds and the tables' values."""
-    index = {node: i for i, node in enumerate((*cone.leaves, *cone.ids, *cone.nodes))}
+def _proven(cone: Cone, inputs: Inputs) -> Weight | Refusal:
+    """`prove`, or what it said of a cone of the same structure and tables. A verdict kept names no node."""
 
-    def neutral(leaf: Any) -> Hashable:
-        return ("node", index[leaf]) if isinstance(leaf, fx.Node) and leaf in index else repr(concrete(leaf))
+    def find() -> tuple[Convention, bool] | Refusal:
+        found = prove(cone, inputs)
+        return found if isinstance(found, Refusal) else (found.convention, found.rows_last)
 
-    def leaf_kind(node: fx.Node) -> Hashable:
-        tensor, table = value(node), inputs.table(node)
-        values = None if table is None else table_bytes(table)
-        meta = tensor is not None and (str(tensor.dtype), repr(concrete([*tensor.shape, *tensor.stride()])))
-        return (meta, node.op == "call_function", inputs.is_constant(node), values)
-
-    operations = []
-    for node in cone.nodes:
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda leaf: isinstance(leaf, fx.Node))
-        operations.append((str(node.target), tuple(map(neutral, flat)), str(spec)))
-    leaves = tuple(leaf_kind(node) for node in (*cone.leaves, *cone.ids))
-    return (leaves, len(cone.ids), tuple(operations))
-
-
-def table_bytes(table: torch.Tensor) -> bytes:
-    """A table's values, for keys."""
-    return table.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    tables = [(leaf, inputs.table(leaf)) for leaf in cone.leaves]
+    known = [
+        (leaf.op, inputs.is_constant(leaf), None if table is None else table_bytes(table)) for leaf, table in tables
+    ]
+    key = (structure((*cone.leaves, *cone.ids), cone.nodes), len(cone.ids), tuple(known))
+    verdict = _VERDICTS(key, find)
+    return verdict if isinstance(verdict, Refusal) else Weight(assign(cone, inputs), *verdict)

@@ -68,7 +68,7 @@ class Rewriter:
             return False
         at.replace_all_uses_with(new)
         self.rewritten.append(self._entry(products, op))
-        log.debug("%s -> %s for %s", at, op, products)
+        log.debug("%s -> %s", at, op)
         self._drop(products)
         return True
 

@@ -1,0 +1,70 @@
+"""What two parts of a graph must have in common for a verdict on one to hold for the other."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fp4pass.match.cone import value
+from fp4pass.match.shapes import concrete
+
+Verdict = TypeVar("Verdict")
+
+
+class Memo:
+    """Verdicts by structure, the oldest forgotten beyond ``keep``. Safe to share between threads."""
+
+    def __init__(self, keep: int = 4096) -> None:
+        self._keep = keep
+        self._verdicts: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, key: Hashable, find: Callable[[], Verdict]) -> Verdict:
+        """The verdict kept under ``key``, or what ``find`` finds."""
+        with self._lock:
+            if key in self._verdicts:
+                return self._verdicts[key]
+        verdict = find()
+        with self._lock:
+            self._verdicts[key] = verdict
+            while len(self._verdicts) > self._keep:
+                self._verdicts.popitem(last=False)
+        return verdict
+
+
+def structure(
+    leaves: Sequence[fx.Node], nodes: Sequence[fx.Node], stand_ins: Mapping[fx.Node, Hashable] | None = None
+) -> Hashable:
+    """Operations, their arguments and the leaves' metadata, without names.
+
+    Of a node in ``stand_ins`` only what stands there counts, a pair of a description and the nodes that it reads.
+    """
+    index = {node: i for i, node in enumerate((*leaves, *nodes))}
+
+    def neutral(leaf: Any) -> Hashable:
+        return ("node", index[leaf]) if isinstance(leaf, fx.Node) and leaf in index else repr(concrete(leaf))
+
+    def metadata(node: fx.Node) -> Hashable:
+        tensor = value(node)
+        return tensor is not None and (str(tensor.dtype), repr(concrete([*tensor.shape, *tensor.stride()])))
+
+    operations: list[Hashable] = []
+    for node in nodes:
+        if stand_ins and node in stand_ins:
+            description, reads = stand_ins[node]
+            operations.append((description, tuple(map(neutral, reads)), metadata(node)))
+            continue
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+        operations.append((str(node.target), tuple(map(neutral, flat)), str(spec)))
+    return (tuple(map(metadata, leaves)), tuple(operations))
+
+
+def table_bytes(table: torch.Tensor) -> bytes:
+    """A table's values, for keys."""
+    return table.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
