@@ -36,17 +36,28 @@ class Tile:
         }
 
 
-# By the most rows of x that a tile is meant for; None: any number. Checked on every GPU generation by the compile tests
-# and on the device by the gpu tests. 128x128x64 needs 8 warps: with 4 it gave wrong sums.
-_HALF = ((16, Tile(16, 64, 128, 4, 4)), (64, Tile(64, 64, 128, 4, 3)), (None, Tile(128, 128, 64, 8, 3)))
+Tiles = tuple[tuple[int, Tile], ...]
+"""Tiles by the most rows of x that each is meant for."""
+
+_ANY = 1 << 62
+_FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4)), (32, Tile(32, 64, 128, 4, 4)))
+# With wgmma: the fastest of those tried on an H200, each also held against float64 there. Experts seldom fill a wide
+# tile to its end.
+_WGMMA = (*_FEW_ROWS, (64, Tile(64, 64, 128, 4, 3)), (128, Tile(128, 64, 128, 4, 3)), (_ANY, Tile(128, 128, 64, 4, 3)))
+_WGMMA_EXPERTS = (*_FEW_ROWS, (_ANY, Tile(64, 128, 64, 4, 4)))
+# Without: x is in registers too, so that the wide tiles need 8 warps or less width. Chosen to compile without spills.
+_MMA = (*_FEW_ROWS, (64, Tile(64, 64, 128, 4, 3)), (_ANY, Tile(128, 128, 64, 8, 3)))
+_MMA_EXPERTS = (*_FEW_ROWS, (_ANY, Tile(64, 64, 128, 4, 3)))
 # float32 products run on the ordinary multipliers, where a wide tile only costs registers.
-_SINGLE = ((16, Tile(16, 64, 32, 4, 2)), (None, Tile(32, 64, 32, 4, 2)))
+_SINGLE = ((16, Tile(16, 64, 32, 4, 2)), (_ANY, Tile(32, 64, 32, 4, 2)))
 # The product over N: block_n is the depth there and block_k the width.
 _BACKWARD_HALF = Tile(64, 32, 64, 4, 2)
 _BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
 
-_MOST_SPLITS = 16
-_FEWEST_STEPS_A_SPLIT = 4
+_MOST_SPLITS = 8
+_FEWEST_STEPS_A_SPLIT = 2
+# Few rows are a matter of reading the weight, which wants many programs at once; with more rows the sums grow large.
+_PROGRAMS_FOR_FEW_ROWS, _PROGRAMS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -59,19 +70,31 @@ class Arch:
     multiprocessors: int
     wgmma: bool
 
-    def tile(self, rows: int, dtype: torch.dtype) -> Tile:
-        """The tile of a product over K with ``rows`` rows of x (expected rows an expert, for experts)."""
-        choices = _SINGLE if dtype == torch.float32 else _HALF
-        return next(tile for most, tile in choices if most is None or rows <= most)
+    def tile(self, rows: int, dtype: torch.dtype, *, experts: bool = False) -> Tile:
+        """The tile of a product over K with ``rows`` rows of x (expected rows an expert, for ``experts``)."""
+        return next(tile for most, tile in self.tiles(dtype, experts=experts) if rows <= most)
+
+    def tiles(self, dtype: torch.dtype, *, experts: bool = False) -> Tiles:
+        """The tiles that ``tile`` picks from."""
+        if dtype == torch.float32:
+            return _SINGLE
+        if self.wgmma:
+            return _WGMMA_EXPERTS if experts else _WGMMA
+        return _MMA_EXPERTS if experts else _MMA
 
     def backward_tile(self, dtype: torch.dtype) -> Tile:
         """The tile of a product over N."""
         return _BACKWARD_SINGLE if dtype == torch.float32 else _BACKWARD_HALF
 
-    def splits(self, tiles: int, steps: int) -> int:
-        """Into how many parts to cut a K of ``steps`` blocks, so that ``tiles`` output tiles fill the GPU twice."""
-        wanted = 2 * self.multiprocessors // max(1, tiles)
-        return max(1, min(wanted, steps // _FEWEST_STEPS_A_SPLIT, _MOST_SPLITS))
+    def splits(self, tiles: int, steps: int, tile: Tile) -> int:
+        """Into how many parts to cut a K of ``steps`` blocks, so that ``tiles`` output tiles fill the GPU.
+
+        All parts but the last are equally long, and none is empty.
+        """
+        programs = self.multiprocessors * (_PROGRAMS_FOR_FEW_ROWS if tile.block_m <= 16 else _PROGRAMS)
+        wanted = max(1, min(programs // max(1, tiles), steps // _FEWEST_STEPS_A_SPLIT, _MOST_SPLITS))
+        longest = -(-steps // wanted)
+        return -(-steps // longest)
 
 
 ARCHS = {
@@ -128,12 +151,13 @@ def _sm_of_index(index: int) -> int:
 
 
 def configurations(arch: Arch) -> Iterator[tuple[str, torch.dtype, Tile]]:
-    """Every (regime, dtype, tile) that a call on ``arch`` can pick; regime is ``product`` or ``backward``."""
+    """Every (regime, dtype, tile) that a call on ``arch`` can pick, once.
+
+    The regime is ``product`` (dense, over K), ``experts`` (theirs, over K) or ``backward`` (dense, over N).
+    """
     for dtype in DTYPES:
-        for rows in sorted({most or 1 << 30 for most, _ in _HALF + _SINGLE}):
-            tile = arch.tile(rows, dtype)
-            if rows == 1 << 30 or tile != arch.tile(rows + 1, dtype):
-                yield "product", dtype, tile
+        yield from (("product", dtype, tile) for _, tile in arch.tiles(dtype))
+        yield from (("experts", dtype, tile) for _, tile in arch.tiles(dtype, experts=True))
         yield "backward", dtype, arch.backward_tile(dtype)
 
 

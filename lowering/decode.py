@@ -24,6 +24,7 @@ global scale: see :func:`undo_factor`.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -72,13 +73,37 @@ def codes_assembly(layout, half):
 
 
 @triton.jit
-def decode_tile(words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """words int32 ``[R, C/8]``, scale uint8 ``[R, C/16]`` -> ``DTYPE [R, C]`` in natural order, / undo_factor(ASM)."""
+def natural_position(position):
+    """The column at ``position`` of the dot order: the order in which a thread's codes are its own operands.
+
+    A product over K may take K in any order, as long as both operands have the same. In a step of 16 the tensor core
+    wants of thread t of four the columns 2t, 2t+1, 2t+8, 2t+9. In the dot order of 64 columns these are, over four
+    steps, the 16 columns of block t: two whole words and one scale, so that decoding moves nothing between threads.
+    Position bits (s1, s0, h, t1, t0, j) stand for column bits (t1, t0, s1, s0, h, j).
+    """
+    inside = position % 64
+    return (position - inside) + ((inside // 2) % 4) * 16 + (inside // 8) * 2 + inside % 2
+
+
+def to_dot_order(x: torch.Tensor) -> torch.Tensor:
+    """``x [M, K]`` with its columns in the dot order: ``[M, K rounded up to 64]``, zero where x has no column."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 64))
+    return padded.view(x.shape[0], -1, 4, 8, 2).transpose(2, 3).reshape(padded.shape)
+
+
+@triton.jit
+def decode_tile(
+    words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, DOT_ORDER: tl.constexpr = False
+):
+    """words int32 ``[R, C/8]``, scale uint8 ``[R, C/16]`` -> ``DTYPE [R, C]``, / undo_factor(ASM).
+
+    The columns come in natural order, or with DOT_ORDER (assembly only, C a multiple of 64) in the dot order.
+    """
     tl.static_assert(words.dtype == tl.int32, "codes are loaded as 32-bit words")
     tl.static_assert(scale.dtype == tl.uint8, "scales are loaded as bytes")
     tl.static_assert(words.shape[1] == 2 * scale.shape[1], "one scale byte for each two words")
     if ASM:
-        return _decode_by_assembly(words, scale, LAYOUT, DTYPE)
+        return _decode_by_assembly(words, scale, LAYOUT, DTYPE, DOT_ORDER)
     return _decode_plainly(words, scale, LAYOUT).to(DTYPE)
 
 
@@ -105,7 +130,7 @@ def _decode_plainly(words, scale, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _decode_by_assembly(words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+def _decode_by_assembly(words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, DOT_ORDER: tl.constexpr):
     tl.static_assert(DTYPE.is_bf16() or DTYPE.is_fp16(), "the assembly makes packed 16-bit products")
     HALF: tl.constexpr = DTYPE.is_fp16()
     ROWS: tl.constexpr = words.shape[0]
@@ -130,5 +155,10 @@ def _decode_by_assembly(words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr)
     )
     even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
     odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
-    natural = tl.reshape(tl.join(even, odd), (ROWS, WORDS * 8))
-    return natural.to(DTYPE, bitcast=True)
+    products = tl.join(even, odd)
+    if DOT_ORDER:
+        tl.static_assert(WORDS % 8 == 0, "the dot order is one of 64 columns")
+        # (t, s1 | s0, h, j) -> (s1, s0, h, t, j)
+        products = tl.reshape(products, (ROWS, WORDS // 8, 4, 2, 2, 2, 2))
+        products = tl.permute(products, (0, 1, 3, 4, 5, 2, 6))
+    return tl.reshape(products, (ROWS, WORDS * 8)).to(DTYPE, bitcast=True)

@@ -11,8 +11,11 @@ import triton.language as tl
 from fp4pass.errors import ArgumentError
 
 from .arch import Arch, Tile, target
-from .decode import decode_tile
+from .decode import decode_tile, to_dot_order
 from .tile import product_tile, times_global
+
+# From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
+REORDER_FROM = 17
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -27,10 +30,10 @@ def linear_kernel(
     N,
     stride_xm,
     K: tl.constexpr,
-    STEPS: tl.constexpr,
     SPLITS: tl.constexpr,
     LAYOUT: tl.constexpr,
     ASM: tl.constexpr,
+    X_IN_DOT_ORDER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -38,12 +41,10 @@ def linear_kernel(
     """One tile of ``out [M, N]``; with SPLITS > 1 one part of its sum, raw, into ``out`` float32 ``[SPLITS, M, N]``."""
     # Tiles of the same weight rows follow each other, so that they meet in the L2 cache.
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_n = tl.program_id(1) * BLOCK_N
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
-    x_rows = m.to(tl.int64) * stride_xm
-    first_k = part * (STEPS * BLOCK_K)
-    acc = product_tile(x, x_rows, m < M, words, scale, first_n, N, first_k, K, STEPS, LAYOUT, ASM, BLOCK_N, BLOCK_K)
-    n = first_n + tl.arange(0, BLOCK_N)
+    x_rows = x + m.to(tl.int64) * stride_xm
+    acc = product_tile(x_rows, m < M, words, scale, n, N, part, SPLITS, K, BLOCK_K, LAYOUT, ASM, X_IN_DOT_ORDER)
     inside = (n < N)[:, None] & (m < M)[None, :]
     target_rows = out + m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLITS > 1:
@@ -144,12 +145,11 @@ def linear(
     tile = arch.tile(m, x.dtype)
     asm = asm and x.dtype != torch.float32
     tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
-    steps = triton.cdiv(k, tile.block_k)
     # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
-    splits = arch.splits(tiles[1], steps) if tiles[0] == 1 else 1
-    # Rounding the steps of a part up may leave the last parts empty: no need for those.
-    steps_a_part = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, steps_a_part)
+    splits = arch.splits(tiles[1], triton.cdiv(k, tile.block_k), tile) if tiles[0] == 1 else 1
+    in_dot_order = asm and m >= REORDER_FROM
+    if in_dot_order:
+        rows = to_dot_order(rows)
     parts = out if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
     linear_kernel[(*tiles, splits)](
         rows,
@@ -162,10 +162,10 @@ def linear(
         n,
         rows.stride(0),
         K=k,
-        STEPS=steps_a_part,
         SPLITS=splits,
         LAYOUT=layout,
         ASM=asm,
+        X_IN_DOT_ORDER=in_dot_order,
         **tile.launch,
     )
     if splits > 1:

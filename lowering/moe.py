@@ -17,12 +17,10 @@ import triton
 import triton.language as tl
 
 from .arch import Arch, Tile, target
+from .decode import natural_position, to_dot_order
 from .linear import rows_of, words_of
 from .reference import expert_of_row
 from .tile import product_tile, times_global
-
-Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Codes, scale and global scale of all experts."""
 
 # Up to here a program a slot is cheaper than sorting, although two slots may read the same weight.
 _MOST_DIRECT_SLOTS = 64
@@ -44,27 +42,28 @@ def expert_product_kernel(
     ends,
     block_ends,
     N,
+    columns,
     EXPERTS,
     slots_of_x,
     stride_xm,
     global_stride,
     K: tl.constexpr,
-    STEPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LAYOUT: tl.constexpr,
     ASM: tl.constexpr,
+    X_IN_DOT_ORDER: tl.constexpr,
+    OUT_IN_DOT_ORDER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Block ``b``, all of expert ``experts[b]``: rows of ``out [slots, N]``. Without a valid expert it ends at once.
+    """Block ``b``, all of expert ``experts[b]``: rows of ``out [slots, columns]``. Ends at once without a valid expert.
 
     With ``order`` None block b is slot b alone. Otherwise ``order`` lists the slots sorted by expert, ``ends [E]`` the
     cumulative number of slots and ``block_ends [E]`` of blocks. Slot s reads row ``s // slots_of_x`` of x.
+    ``columns`` is N; with OUT_IN_DOT_ORDER, N rounded up to 64, and the columns that this adds are zero.
     """
-    tl.static_assert(K % 16 == 0, "K is a multiple of the 16 codes that share a scale")
     block = tl.program_id(0)
-    first_n = tl.program_id(1) * BLOCK_N
     expert = tl.load(experts + block).to(tl.int64)
     if (expert < 0) | (expert >= EXPERTS):
         return
@@ -78,23 +77,14 @@ def expert_product_kernel(
         position = begin + (block - block_begin) * BLOCK_M + lane
         live = position < tl.load(ends + expert)
         slot = tl.load(order + position, mask=live, other=0).to(tl.int64)
-    x_rows = (slot // slots_of_x) * stride_xm
-    acc = product_tile(
-        x,
-        x_rows,
-        live,
-        words + expert * N * (K // 8),
-        scale + expert * N * (K // 16),
-        first_n,
-        N,
-        0,
-        K,
-        STEPS,
-        LAYOUT,
-        ASM,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # To write columns in the dot order is to take the weight's rows in it: loads of rows do not mind, and the stores
+    # stay wide.
+    n = natural_position(column) if OUT_IN_DOT_ORDER else column
+    x_rows = x + (slot // slots_of_x) * stride_xm
+    words += expert * N * (K // 8)
+    scale += expert * N * (K // 16)
+    acc = product_tile(x_rows, live, words, scale, n, N, 0, 1, K, BLOCK_K, LAYOUT, ASM, X_IN_DOT_ORDER)
     if global_scale is not None:
         global_scale += expert * global_stride
     acc = times_global(acc, global_scale, ASM)
@@ -108,11 +98,13 @@ def expert_product_kernel(
         tl.static_assert(ACTIVATION == "none", "unknown activation")
     if weights is not None:
         acc = acc * tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[None, :]
-    n = first_n + tl.arange(0, BLOCK_N)
+    if OUT_IN_DOT_ORDER:
+        # An infinite x or global scale would leave NaN there.
+        acc = tl.where((n < N)[:, None], acc, 0.0)
     tl.store(
-        out + slot[None, :] * N + n[:, None],
+        out + slot[None, :] * columns + column[:, None],
         acc.to(out.dtype.element_ty),
-        mask=(n < N)[:, None] & live[None, :],
+        mask=(column < columns)[:, None] & live[None, :],
     )
 
 
@@ -139,6 +131,28 @@ class Schedule:
     order: torch.Tensor | None = None
     ends: torch.Tensor | None = None
     block_ends: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weights ``[E, N, K]`` of all experts, in their codes' layout."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    global_scale: torch.Tensor | None
+    layout: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Activations ``[R, columns]``, in or out of a product, and the order of their columns.
+
+    In the dot order there are columns up to a multiple of 64. Each row that goes in serves ``slots`` slots.
+    """
+
+    tensor: torch.Tensor
+    in_dot_order: bool = False
+    slots: int = 1
 
 
 def schedule(ids: torch.Tensor, experts: int, block_m: int) -> Schedule:
@@ -179,7 +193,8 @@ def gathered_linear(
     if out.numel():
         tile = _tile(arch, ids, codes.shape[0], x.dtype)
         plan = schedule(ids.contiguous(), codes.shape[0], tile.block_m)
-        _product(plan, tile, rows_of(x), (codes, scale, global_scale), None, out, 1, "none", layout, asm)
+        weight = Weight(codes, scale, global_scale, layout)
+        _product(plan, tile, Rows(rows_of(x)), weight, None, Rows(out), "none", asm)
     return out
 
 
@@ -217,7 +232,8 @@ def experts(
 ) -> torch.Tensor:
     """Launch of ``fp4pass::experts``; see ops.py."""
     arch = arch or target(x.device)
-    up, down = (up_codes, up_scale, up_global), (down_codes, down_scale, down_global)
+    up = Weight(up_codes, up_scale, up_global, layout)
+    down = Weight(down_codes, down_scale, down_global, layout)
     tokens, choices = ids.shape
     out = x.new_empty((tokens, down_codes.shape[1]))
     if choices == 0:
@@ -225,7 +241,7 @@ def experts(
     rows = rows_of(x)
     step = max(1, _WORKSPACE_BYTES // (choices * max(1, out.shape[1]) * torch.float32.itemsize))
     for part in (slice(start, start + step) for start in range(0, tokens, step)):
-        _experts_of(arch, rows[part], ids[part], weights[part], up, down, out[part], activation, layout, asm)
+        _experts_of(arch, rows[part], ids[part], weights[part], up, down, out[part], activation, asm)
     return out
 
 
@@ -238,18 +254,22 @@ def _experts_of(
     down: Weight,
     out: torch.Tensor,
     activation: str,
-    layout: str,
     asm: bool,
 ) -> None:
     """Write the block's result for the tokens of ``x`` into ``out``, a part of the whole result."""
     flat, choices = ids.reshape(-1), ids.shape[1]
-    experts_count, inner, columns = up[0].shape[0], up[0].shape[1], out.shape[1]
+    experts_count, inner, columns = up.codes.shape[0], up.codes.shape[1], out.shape[1]
     tile = _tile(arch, flat, experts_count, x.dtype)
     plan = schedule(flat, experts_count, tile.block_m)
-    hidden = x.new_empty((flat.shape[0], inner))
+    ordered = asm and x.dtype != torch.float32
+    reordered = ordered and plan.order is not None
+    tokens = Rows(to_dot_order(x) if reordered else x, reordered, choices)
+    # The first product leaves its columns in the dot order, where the second one reads them side by side.
+    width = inner + (-inner % 64 if ordered else 0)
+    hidden = Rows(x.new_empty((flat.shape[0], width)), ordered)
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
-    _product(plan, tile, x, up, None, hidden, choices, activation, layout, asm)
-    _product(plan, tile, hidden, down, weights.reshape(-1), slots, 1, "none", layout, asm)
+    _product(plan, tile, tokens, up, None, hidden, activation, asm)
+    _product(plan, tile, hidden, down, weights.reshape(-1), Rows(slots), "none", asm)
     block = 512
     sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
         slots, flat, out, columns, experts_count, CHOICES=choices, BLOCK=block, num_warps=4
@@ -262,43 +282,45 @@ def _runs_directly(slots: int, experts_count: int) -> bool:
 
 def _tile(arch: Arch, ids: torch.Tensor, experts_count: int, dtype: torch.dtype) -> Tile:
     slots = ids.shape[0]
-    return arch.tile(1 if _runs_directly(slots, experts_count) else triton.cdiv(slots, experts_count), dtype)
+    rows = 1 if _runs_directly(slots, experts_count) else triton.cdiv(slots, experts_count)
+    return arch.tile(rows, dtype, experts=True)
 
 
 def _product(
     plan: Schedule,
     tile: Tile,
-    x: torch.Tensor,
+    x: Rows,
     weight: Weight,
     routing: torch.Tensor | None,
-    out: torch.Tensor,
-    slots_of_x: int,
+    out: Rows,
     activation: str,
-    layout: str,
     asm: bool,
 ) -> None:
-    codes, scale, global_scale = weight
-    count, n, k = codes.shape[0], codes.shape[1], codes.shape[2] * 2
-    expert_product_kernel[(plan.blocks, triton.cdiv(n, tile.block_n))](
-        x,
-        words_of(codes),
-        scale,
+    count, n, k = weight.codes.shape[0], weight.codes.shape[1], weight.codes.shape[2] * 2
+    columns = out.tensor.shape[1]
+    global_scale = weight.global_scale
+    expert_product_kernel[(plan.blocks, triton.cdiv(columns, tile.block_n))](
+        x.tensor,
+        words_of(weight.codes),
+        weight.scale,
         global_scale,
         routing,
-        out,
+        out.tensor,
         plan.experts,
         plan.order,
         plan.ends,
         plan.block_ends,
         n,
+        columns,
         count,
-        slots_of_x,
-        x.stride(0),
+        x.slots,
+        x.tensor.stride(0),
         0 if global_scale is None or global_scale.numel() == 1 else 1,
         K=k,
-        STEPS=triton.cdiv(k, tile.block_k),
         ACTIVATION=activation,
-        LAYOUT=layout,
-        ASM=asm and x.dtype != torch.float32,
+        LAYOUT=weight.layout,
+        ASM=asm and x.tensor.dtype != torch.float32,
+        X_IN_DOT_ORDER=x.in_dot_order,
+        OUT_IN_DOT_ORDER=out.in_dot_order,
         **tile.launch,
     )

@@ -7,55 +7,60 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_tile, undo_factor
+from .decode import decode_tile, natural_position, undo_factor
 
 
 @triton.jit
 def product_tile(
-    x,
     x_rows,
     live,
     words,
     scale,
-    first_n,
+    n,
     N,
-    first_k,
+    part,
+    SPLITS: tl.constexpr,
     K: tl.constexpr,
-    STEPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     LAYOUT: tl.constexpr,
     ASM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    X_IN_DOT_ORDER: tl.constexpr,
 ):
-    """float32 ``[BLOCK_N, BLOCK_M]``: code x scale / undo_factor times x, over STEPS blocks of K from ``first_k``.
+    """float32 ``[BLOCK_N, BLOCK_M]``: code x scale / undo_factor times x, over part ``part`` of SPLITS of K.
 
-    x: pointer; x_rows int64 ``[BLOCK_M]``: where its rows begin; live bool ``[BLOCK_M]``: which of them exist.
-    words, scale: pointers to the weight ``[N, K/8]``, ``[N, K/16]``. Everything outside counts as zero.
+    x_rows: pointers ``[BLOCK_M]`` to the rows of x; live bool ``[BLOCK_M]``: which of them exist. words, scale:
+    pointers to the weight ``[N, K/8]``, ``[N, K/16]``; n int32 ``[BLOCK_N]``: its rows, in any order. Everything
+    outside counts as zero. With X_IN_DOT_ORDER x has its columns in the dot order already (see decode.py) and zeros up
+    to a multiple of 64 of them; else the assembly form picks them in it.
 
-    The weight is the left operand, so that few tokens still fill the tensor core's wide side. K and STEPS are
+    The weight is the left operand, so that few tokens still fill the tensor core's wide side. K and SPLITS are
     constants: with a loop count known only at run time ptxas makes every warpgroup product wait for its own end.
     """
     tl.static_assert(K % 16 == 0, "K is a multiple of the 16 codes that share a scale")
     tl.static_assert(BLOCK_K % 16 == 0, "a tile holds whole blocks")
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    n = first_n + tl.arange(0, BLOCK_N)
+    DTYPE: tl.constexpr = x_rows.dtype.element_ty
+    K_PADDED: tl.constexpr = (K + 63) // 64 * 64
+    STEPS: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS
     in_n = (n < N)[:, None]
     word_rows = words + n.to(tl.int64)[:, None] * (K // 8)
     scale_rows = scale + n.to(tl.int64)[:, None] * (K // 16)
-    token_rows = x + x_rows[None, :]
     in_m = live[None, :]
-    acc = tl.zeros((BLOCK_N, x_rows.shape[0]), tl.float32)
+    acc = tl.zeros((n.shape[0], x_rows.shape[0]), tl.float32)
     for step in range(STEPS):
-        begin = first_k + step * BLOCK_K
-        k = begin + tl.arange(0, BLOCK_K)
+        begin = (part * STEPS + step) * BLOCK_K
+        position = begin + tl.arange(0, BLOCK_K)
+        k = natural_position(position) if ASM else position
         word = begin // 8 + tl.arange(0, BLOCK_K // 8)
         group = begin // 16 + tl.arange(0, BLOCK_K // 16)
         word_tile = tl.load(word_rows + word[None, :], mask=in_n & (word < K // 8)[None, :], other=0)
         scale_tile = tl.load(scale_rows + group[None, :], mask=in_n & (group < K // 16)[None, :], other=0)
-        token_tile = tl.load(token_rows + k[:, None], mask=in_m & (k < K)[:, None], other=0.0)
-        weight = decode_tile(word_tile, scale_tile, LAYOUT, DTYPE, ASM)
+        column = position if X_IN_DOT_ORDER else k
+        # The same condition, where it is, in a form that keeps neighbours together and so the loads wide.
+        in_k = position < K_PADDED if X_IN_DOT_ORDER or K == K_PADDED else k < K
+        token_tile = tl.load(x_rows[None, :] + column[:, None], mask=in_m & in_k[:, None], other=0.0)
+        weight = decode_tile(word_tile, scale_tile, LAYOUT, DTYPE, ASM, DOT_ORDER=ASM)
         acc = tl.dot(weight, token_tile, acc, input_precision="ieee")
-        if ASM:
+        if DTYPE.primitive_bitwidth == 16:
             # An empty instruction that reads the sum: it makes every warp wait for its own warpgroup products. Left
             # alone, Triton (3.6 to 3.9) lets all but the first product of a step run on into the next step, past the
             # barrier there, and then another warp's copy of tokens overwrites the tile that they still read.

@@ -19,7 +19,7 @@ from fp4pass.lowering.arch import Arch, Tile
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _WEIGHT = {"words": "*i32", "scale": "*u8", "global_scale": "*fp32"}
 # Triton specialises a kernel for pointers and sizes that are multiples of 16, as those of contiguous operands are.
-_SIZES = ("N", "stride_xm", "stride_gm")
+_SIZES = ("N", "stride_xm", "columns", "stride_gm")
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -37,14 +37,14 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
     return triton.compile(source, target=GPUTarget("cuda", arch.sm, 32), options=options)
 
 
-def compile_linear(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, k: int = 2688, splits: int = 1) -> Any:
-    """``linear_kernel`` with a bias, or without one and with split sums."""
+def compile_linear(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, splits: int = 1) -> Any:
+    """``linear_kernel`` with a bias, or without one and with split sums; x in the order that it has for ``tile``."""
     types = _WEIGHT | {"x": POINTER[dtype], "M": "i32", "N": "i32", "stride_xm": "i32"}
     types["out"] = POINTER[dtype] if splits == 1 else "*fp32"
     if splits == 1:
         types["bias"] = POINTER[dtype]
-    steps = triton.cdiv(triton.cdiv(k, tile.block_k), splits)
-    constants = {"K": k, "STEPS": steps, "SPLITS": splits} | _form(dtype, layout, tile)
+    constants = {"K": 2688, "SPLITS": splits} | _form(dtype, layout, tile)
+    constants["X_IN_DOT_ORDER"] = constants["ASM"] and tile.block_m >= linear.REORDER_FROM
     return compile_kernel(linear.linear_kernel, types, constants, arch, tile)
 
 
@@ -55,17 +55,19 @@ def compile_backward(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str)
     return compile_kernel(linear.linear_backward_kernel, types, constants, arch, tile)
 
 
-def compile_experts(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, up: bool, direct: bool) -> Any:
-    """``expert_product_kernel`` as the up product (relu2) or the down product (routing weights)."""
-    types = _WEIGHT | {"x": POINTER[dtype], "out": POINTER[dtype] if up else "*fp32", "experts": "*i64"}
-    types |= dict.fromkeys(("N", "EXPERTS", "slots_of_x", "stride_xm"), "i32")
+def compile_experts(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, product: str, direct: bool) -> Any:
+    """``expert_product_kernel``; ``product``: ``up`` (relu2), ``down`` (routing weights) or ``gathered`` (neither)."""
+    types = _WEIGHT | {"x": POINTER[dtype], "out": "*fp32" if product == "down" else POINTER[dtype], "experts": "*i64"}
+    types |= dict.fromkeys(("N", "columns", "EXPERTS", "slots_of_x", "stride_xm"), "i32")
     if not direct:
         types |= dict.fromkeys(("order", "ends", "block_ends"), "*i64")
-    if not up:
+    if product == "down":
         types["weights"] = POINTER[dtype]
-    k = 2688 if up else 1856
-    constants = {"global_stride": 1, "K": k, "STEPS": triton.cdiv(k, tile.block_k)}
-    constants |= {"ACTIVATION": "relu2" if up else "none"} | _form(dtype, layout, tile)
+    constants = {"global_stride": 1, "K": 1856 if product == "down" else 2688} | _form(dtype, layout, tile)
+    ordered = constants["ASM"]
+    constants["ACTIVATION"] = "relu2" if product == "up" else "none"
+    constants["X_IN_DOT_ORDER"] = ordered and (product == "down" or (product == "up" and not direct))
+    constants["OUT_IN_DOT_ORDER"] = ordered and product == "up"
     return compile_kernel(moe.expert_product_kernel, types, constants, arch, tile)
 
 
@@ -82,3 +84,10 @@ def machine_code(kernel: Any) -> list[str]:
         file.flush()
         text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
     return re.findall(r"/\*[0-9a-f]{4}\*/\s+(.*?);", text)
+
+
+def main_loop(kernel: Any) -> list[str]:
+    """The lines of a compiled kernel's loop over K, in Triton's own representation (TTGIR)."""
+    text = kernel.asm["ttgir"]
+    begin = text.index("scf.for")
+    return text[begin : text.index("scf.yield", begin)].splitlines()

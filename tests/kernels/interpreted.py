@@ -20,11 +20,12 @@ from .operands import activations, every_product, relative_error, weight
 PLAIN_FORM = {"arch": arch.target(80), "asm": False}
 ASSEMBLY = {"arch": arch.target(80), "asm": True}
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4}
-DTYPES = tuple(TOLERANCE)
 
 
 def execute(asm, constraints, args, dtype, is_pure, pack):
     """Stands in for ``tl.inline_asm_elementwise``."""
+    if not asm:
+        return args[0]
     assert is_pure and pack == 1
     results = dtype if isinstance(dtype, tuple) else (dtype,)
     assert constraints == ",".join(["=h" if kind == tl.int16 else "=r" for kind in results] + ["r"] * len(args))
@@ -37,18 +38,66 @@ def execute(asm, constraints, args, dtype, is_pure, pack):
     return tuple(tensors) if isinstance(dtype, tuple) else tensors[0]
 
 
-@pytest.fixture(params=(PLAIN_FORM, ASSEMBLY), ids=("plain", "assembly"))
-def form(request, monkeypatch):
+@pytest.fixture(autouse=True)
+def _assembly(monkeypatch):
     monkeypatch.setattr(tl, "inline_asm_elementwise", execute)
+
+
+@pytest.fixture(params=(PLAIN_FORM, ASSEMBLY), ids=("plain", "assembly"))
+def form(request):
     return request.param
 
 
+# The dtypes of whole kernels; float32 has no assembly form.
+EACH_FORM = pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        pytest.param(torch.float32, PLAIN_FORM, id="float32"),
+        pytest.param(torch.float16, PLAIN_FORM, id="float16"),
+        pytest.param(torch.float16, ASSEMBLY, id="float16-assembly"),
+    ],
+)
+
+
 @triton.jit
-def decode_kernel(words, scale, out, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, ASM: tl.constexpr):
+def position_kernel(out, SIZE: tl.constexpr):
+    position = tl.arange(0, SIZE)
+    tl.store(out + position, decode.natural_position(position))
+
+
+def dot_order(size):
+    """The natural column at each of ``size`` (a power of two) positions, by the kernels' function."""
+    columns = torch.empty(size, dtype=torch.int32)
+    position_kernel[(1,)](columns, size)
+    return columns
+
+
+def test_the_dot_order_gives_each_thread_the_columns_of_one_block():
+    columns = dot_order(256)
+    assert torch.equal(columns.sort().values, torch.arange(256, dtype=torch.int32))
+    # Of each 16 positions, a step of the tensor core, thread t of four holds 2t, 2t+1, 2t+8 and 2t+9.
+    held = [2 * t + offset for t in range(4) for offset in (0, 1, 8, 9)]
+    by_thread = columns.view(4, 4, 16)[:, :, held].view(4, 4, 4, 4).transpose(1, 2)
+    expected = torch.arange(256, dtype=torch.int32).view(4, 4, 4, 4)
+    assert torch.equal(by_thread, expected)
+
+
+@pytest.mark.parametrize("k", (16, 64, 80, 256))
+def test_rows_in_the_dot_order_are_padded_with_zeros(k):
+    x = activations(3, k)
+    width = -(-k // 64) * 64
+    columns = dot_order(256)[:width]
+    assert torch.equal(decode.to_dot_order(x), torch.nn.functional.pad(x, (0, width - k))[:, columns])
+
+
+@triton.jit
+def decode_kernel(
+    words, scale, out, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, ASM: tl.constexpr, DOT_ORDER: tl.constexpr
+):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
     word_tile = tl.load(words + rows * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :])
     scale_tile = tl.load(scale + rows * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)[None, :])
-    tile = decode.decode_tile(word_tile, scale_tile, LAYOUT, out.dtype.element_ty, ASM)
+    tile = decode.decode_tile(word_tile, scale_tile, LAYOUT, out.dtype.element_ty, ASM, DOT_ORDER)
     tl.store(out + rows * COLUMNS + tl.arange(0, COLUMNS)[None, :], tile)
 
 
@@ -58,11 +107,15 @@ def test_the_decoder_is_exact_for_every_product(order, dtype, form):
     asm = form["asm"] and dtype != torch.float32
     codes, scale, expected = every_product()
     out = torch.empty(256, 256, dtype=dtype)
-    decode_kernel[(16,)](layout.from_plain(codes, order).view(torch.int32), scale, out, 256, order, asm)
+    words = layout.from_plain(codes, order).view(torch.int32)
+    decode_kernel[(16,)](words, scale, out, 256, order, asm, False)
     assert torch.equal(out.double() * decode.undo_factor(asm), expected)
+    if asm:
+        decode_kernel[(16,)](words, scale, out, 256, order, asm, True)
+        assert torch.equal(out.double() * decode.undo_factor(asm), expected[:, dot_order(256)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@EACH_FORM
 @pytest.mark.parametrize("order", layout.LAYOUTS)
 @pytest.mark.parametrize("rows", (16, 256))
 def test_all_finite_products_come_out_of_linear(order, dtype, rows, form):
@@ -84,16 +137,19 @@ def test_all_finite_products_come_out_of_expert_products(order, rows, form):
     assert torch.equal(result.double(), expected.mT[:rows])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 48, 80), (1, 48, 80), (3, 80, 1040), (17, 208, 48), (130, 144, 208)])
-def test_linear_meets_the_oracle_on_ragged_shapes(m, n, k, dtype):
+@EACH_FORM
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(0, 48, 80), (1, 48, 80), (3, 80, 1040), (16, 48, 64), (17, 208, 48), (33, 80, 336), (130, 144, 208)],
+)
+def test_linear_meets_the_oracle_on_ragged_shapes(m, n, k, dtype, form):
     operands = weight(n, k)
     x, bias = activations(m, k, dtype=dtype), activations(n, dtype=dtype, seed=5)
-    result = linear.linear(x, *operands, bias, layout.PLAIN, **PLAIN_FORM)
+    result = linear.linear(x, *operands, bias, layout.PLAIN, **form)
     exact = reference.linear(x, *operands, bias, layout.PLAIN, torch.float64)
     assert result.shape == (m, n) and relative_error(result, exact) < TOLERANCE[dtype]
     grad = activations(m, n, dtype=dtype, seed=6)
-    back = linear.linear_backward(grad, *operands, layout.PLAIN, **PLAIN_FORM)
+    back = linear.linear_backward(grad, *operands, layout.PLAIN, **form)
     exact = reference.linear_backward(grad, *operands, layout.PLAIN, torch.float64)
     assert back.shape == (m, k) and relative_error(back, exact) < TOLERANCE[dtype]
 
@@ -108,32 +164,60 @@ def test_strides_and_ranks_of_x():
     assert torch.equal(folded.view(6, 48), contiguous)
 
 
+@pytest.mark.parametrize("k", (80, 128))
+@pytest.mark.parametrize("rows", (3, 20))
+def test_x_put_in_the_dot_order_gives_the_bits_of_x_picked_in_it(rows, k, monkeypatch):
+    operands, x = weight(48, k), activations(rows, k, dtype=torch.float16)
+    results = []
+    for threshold in (0, 1 << 30):
+        monkeypatch.setattr(linear, "REORDER_FROM", threshold)
+        results.append(linear.linear(x, *operands, None, layout.PLAIN, **ASSEMBLY))
+    assert torch.equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("rows", (16, 40))
+def test_an_expert_product_leaves_its_columns_in_the_dot_order_and_zeros_after_them(rows):
+    codes, scale, expected = (t[:80] for t in every_product())
+    codes, scale = (t.expand(16, -1, -1).contiguous() for t in (codes, scale))
+    x = torch.eye(256, dtype=torch.float16)[:rows]
+    x[0] = torch.inf
+    ids, tile = torch.arange(rows) % 16, PLAIN_FORM["arch"].tile(1, x.dtype, experts=True)
+    plan = moe.schedule(ids, 16, tile.block_m)
+    out = moe.Rows(torch.full((rows, 128), torch.nan, dtype=x.dtype), in_dot_order=True)
+    moe._product(plan, tile, moe.Rows(x), moe.Weight(codes, scale, None, layout.PLAIN), None, out, "none", True)
+    assert torch.equal(out.tensor[1:], decode.to_dot_order(expected.mT[1:rows]).half())
+    natural = out.tensor[0][dot_order(128).argsort()]
+    assert not natural[:80].isfinite().any() and not natural[80:].any()
+
+
+@EACH_FORM
 @pytest.mark.parametrize("tokens", (1, 3, 40, 100))
 @pytest.mark.parametrize("activation", tuple(reference.ACTIVATIONS))
-def test_experts_meet_the_oracle_with_sentinels_and_empty_experts(tokens, activation):
+def test_experts_meet_the_oracle_with_sentinels_and_empty_experts(tokens, activation, dtype, form):
     up, down = weight(7, 48, 80, seed=2), weight(7, 112, 48, seed=3)
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-1, 6, (tokens, 2), generator=generator)
     ids[ids == 3] = 7
     weights = torch.rand(tokens, 2, generator=generator)
     weights[(ids < 0) | (ids >= 7)] = torch.nan
-    x = activations(tokens, 80)
-    result = moe.experts(x, ids, weights, *up, *down, activation, layout.PLAIN, **PLAIN_FORM)
+    x = activations(tokens, 80, dtype=dtype)
+    result = moe.experts(x, ids, weights, *up, *down, activation, layout.PLAIN, **form)
     exact = reference.experts(x, ids, weights, *up, *down, activation, layout.PLAIN, torch.float64)
-    assert relative_error(result, exact) < 1e-6
+    assert relative_error(result, exact) < TOLERANCE[dtype]
 
 
+@EACH_FORM
 @pytest.mark.parametrize("rows", (5, 150))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gathered_and_grouped_meet_the_oracle(rows, dtype):
+def test_gathered_and_grouped_meet_the_oracle(rows, dtype, form):
     operands = weight(5, 48, 80)
     x = activations(rows, 80, dtype=dtype)
     ids = torch.arange(rows) % 7 - 1
-    result = moe.gathered_linear(x, *operands, ids, layout.PLAIN, **PLAIN_FORM)
+    result = moe.gathered_linear(x, *operands, ids, layout.PLAIN, **form)
     exact = reference.gathered_linear(x, *operands, ids, layout.PLAIN, torch.float64)
     assert relative_error(result, exact) < TOLERANCE[dtype]
     ends = torch.tensor([1, 1, rows // 2, rows // 2 + 1, rows - 1], dtype=torch.int32)
-    result = moe.grouped_linear(x, *operands, ends, layout.PLAIN, **PLAIN_FORM)
+    result = moe.grouped_linear(x, *operands, ends, layout.PLAIN, **form)
     exact = reference.grouped_linear(x, *operands, ends, layout.PLAIN, torch.float64)
     assert relative_error(result, exact) < TOLERANCE[dtype]
     assert torch.equal(result[-1], torch.zeros(48, dtype=dtype))

@@ -29,14 +29,34 @@ def test_every_tile_that_can_be_picked_is_enumerated():
             assert ("backward", dtype, generation.backward_tile(dtype)) in listed
             for rows in range(0, 300):
                 assert ("product", dtype, generation.tile(rows, dtype)) in listed
+                assert ("experts", dtype, generation.tile(rows, dtype, experts=True)) in listed
+        assert len(listed) == len(list(arch.configurations(generation)))
+
+
+def test_a_tile_holds_the_rows_that_it_is_picked_for_up_to_the_widest():
+    for generation in arch.ARCHS.values():
+        for dtype in arch.DTYPES:
+            widest = generation.tile(1 << 20, dtype).block_m
+            for rows in range(1, 300):
+                assert generation.tile(rows, dtype).block_m >= min(rows, widest)
 
 
 def test_splits_fill_the_gpu_and_keep_steps_together():
     hopper = arch.ARCHS[90]
-    assert hopper.splits(tiles=64, steps=32) == 4
-    assert hopper.splits(tiles=1000, steps=32) == 1
-    assert hopper.splits(tiles=1, steps=3) == 1
-    assert hopper.splits(tiles=1, steps=1000) == 16
+    few, many = hopper.tile(1, torch.bfloat16), hopper.tile(64, torch.bfloat16)
+    assert hopper.splits(tiles=264, steps=32, tile=few) == 4
+    assert hopper.splits(tiles=66, steps=32, tile=many) == 4
+    assert hopper.splits(tiles=2000, steps=32, tile=few) == 1
+    assert hopper.splits(tiles=1, steps=3, tile=few) == 1
+    assert hopper.splits(tiles=1, steps=1000, tile=few) == 8
+
+
+def test_no_split_is_empty():
+    hopper = arch.ARCHS[90]
+    for steps in range(1, 100):
+        splits = hopper.splits(tiles=1, steps=steps, tile=hopper.tile(1, torch.bfloat16))
+        longest = -(-steps // splits)
+        assert (splits - 1) * longest < steps <= splits * longest
 
 
 def test_the_support_matrix_names_every_generation():
