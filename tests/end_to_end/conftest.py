@@ -1,4 +1,4 @@
-"""Fixtures of the end-to-end tests: compiles without code generation, and the routing of one model in another."""
+"""Fixtures of the end-to-end tests: compiles with and without generated code; the routing of one model in another."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ import torch
 from torch import nn
 
 from fp4pass import _torch, backend
+
+
+@pytest.fixture(scope="session")
+def cache_directory(tmp_path_factory):
+    """For what these tests compile to code, empty at first: nothing rests on what an earlier run has left."""
+    return tmp_path_factory.mktemp("inductor")
+
+
+@pytest.fixture
+def generated(cache_directory, monkeypatch):
+    """Code is generated for this test, by whatever Inductor has at hand."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache_directory))
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture
