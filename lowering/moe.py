@@ -194,7 +194,7 @@ def gathered_linear(
         tile = _tile(arch, ids, codes.shape[0], x.dtype)
         plan = schedule(ids.contiguous(), codes.shape[0], tile.block_m)
         weight = Weight(codes, scale, global_scale, layout)
-        _product(plan, tile, Rows(rows_of(x)), weight, None, Rows(out), "none", asm)
+        _product(plan, tile, _rows_for(plan, rows_of(x), 1, asm), weight, None, Rows(out), "none", asm)
     return out
 
 
@@ -262,13 +262,11 @@ def _experts_of(
     tile = _tile(arch, flat, experts_count, x.dtype)
     plan = schedule(flat, experts_count, tile.block_m)
     ordered = asm and x.dtype != torch.float32
-    reordered = ordered and plan.order is not None
-    tokens = Rows(to_dot_order(x) if reordered else x, reordered, choices)
     # The first product leaves its columns in the dot order, where the second one reads them side by side.
     width = inner + (-inner % 64 if ordered else 0)
     hidden = Rows(x.new_empty((flat.shape[0], width)), ordered)
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
-    _product(plan, tile, tokens, up, None, hidden, activation, asm)
+    _product(plan, tile, _rows_for(plan, x, choices, asm), up, None, hidden, activation, asm)
     _product(plan, tile, hidden, down, weights.reshape(-1), Rows(slots), "none", asm)
     block = 512
     sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
@@ -284,6 +282,13 @@ def _tile(arch: Arch, ids: torch.Tensor, experts_count: int, dtype: torch.dtype)
     slots = ids.shape[0]
     rows = 1 if _runs_directly(slots, experts_count) else triton.cdiv(slots, experts_count)
     return arch.tile(rows, dtype, experts=True)
+
+
+def _rows_for(plan: Schedule, x: torch.Tensor, slots: int, asm: bool) -> Rows:
+    """x as a product's input; put into the dot order unless its rows are few or their form has no use for it."""
+    if plan.order is None or not asm or x.dtype == torch.float32:
+        return Rows(x, slots=slots)
+    return Rows(to_dot_order(x), in_dot_order=True, slots=slots)
 
 
 def _product(

@@ -66,7 +66,7 @@ def compile_experts(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, 
     constants = {"global_stride": 1, "K": 1856 if product == "down" else 2688} | _form(dtype, layout, tile)
     ordered = constants["ASM"]
     constants["ACTIVATION"] = "relu2" if product == "up" else "none"
-    constants["X_IN_DOT_ORDER"] = ordered and (product == "down" or (product == "up" and not direct))
+    constants["X_IN_DOT_ORDER"] = ordered and (product == "down" or not direct)
     constants["OUT_IN_DOT_ORDER"] = ordered and product == "up"
     return compile_kernel(moe.expert_product_kernel, types, constants, arch, tile)
 

@@ -13,14 +13,14 @@ from fp4pass.lowering import arch, layout
 
 from . import compiling
 
-# One GPU of each kind of tensor core has all of it compiled; the others, which differ from SM80 in their shared memory
-# and in what ptxas makes of it, the type in use.
+# One GPU of each kind of tensor core; the others differ from SM80 in their shared memory and in what ptxas makes of it.
 REPRESENTATIVES = (80, 90)
 EVERY = [
     pytest.param(generation, regime, dtype, tile, id=f"sm{generation.sm}-{index}-{regime}")
     for generation in arch.ARCHS.values()
     for index, (regime, dtype, tile) in enumerate(arch.configurations(generation))
-    if generation.sm in REPRESENTATIVES or dtype == torch.bfloat16
+    # float16 differs in the decoder's instructions alone, float32 uses no tensor core.
+    if dtype == torch.bfloat16 or generation.sm == 90 or (generation.sm == 80 and dtype == torch.float32)
 ]
 SPILLS = ("LDL", "STL")
 TENSOR_CORE = ("HMMA", "HGMMA", "QGMMA")
@@ -28,16 +28,13 @@ FORM = {"layout": layout.INTERLEAVED}
 
 
 def compiled(generation, regime, dtype, tile):
-    """The kernels of one configuration.
-
-    Between float16 and bfloat16 only the decoder's instructions differ, which dense products have too.
-    """
+    """The kernels of one configuration."""
     if regime == "backward":
         yield compiling.compile_backward(generation, dtype, tile, **FORM)
     elif regime == "product":
         yield compiling.compile_linear(generation, dtype, tile, **FORM)
-    elif dtype != torch.float16:
-        for product in ("up", "down"):
+    else:
+        for product in ("up", "down") if dtype == torch.bfloat16 else ("up",):
             yield compiling.compile_experts(generation, dtype, tile, **FORM, product=product, direct=False)
 
 
