@@ -45,6 +45,8 @@ _FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4)), (32, Tile(32, 64, 128, 4, 4)))
 # tile to its end.
 _WGMMA = (*_FEW_ROWS, (64, Tile(64, 64, 128, 4, 3)), (128, Tile(128, 64, 128, 4, 3)), (_ANY, Tile(128, 128, 64, 4, 3)))
 _WGMMA_EXPERTS = (*_FEW_ROWS, (_ANY, Tile(64, 128, 64, 4, 4)))
+# One row of a wide weight reads it faster in taller tiles.
+_WGMMA_FEW_ROWS_WIDE, _WIDE = Tile(16, 128, 128, 4, 3), 8192
 # Without: x is in registers too, so that the wide tiles need 8 warps or less width. Chosen to compile without spills.
 _MMA = (*_FEW_ROWS, (64, Tile(64, 64, 128, 4, 3)), (_ANY, Tile(128, 128, 64, 8, 3)))
 _MMA_EXPERTS = (*_FEW_ROWS, (_ANY, Tile(64, 64, 128, 4, 3)))
@@ -56,8 +58,9 @@ _BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
 
 _MOST_SPLITS = 8
 _FEWEST_STEPS_A_SPLIT = 2
-# Few rows are a matter of reading the weight, which wants many programs at once; with more rows the sums grow large.
-_PROGRAMS_FOR_FEW_ROWS, _PROGRAMS = 8, 2
+# Few rows are a matter of reading the weight, which wants so many rows of it in work on a multiprocessor at once; with
+# more rows the sums grow large, and two programs are enough.
+_WEIGHT_ROWS_FOR_FEW_ROWS, _PROGRAMS = 512, 2
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,13 @@ class Arch:
     multiprocessors: int
     wgmma: bool
 
-    def tile(self, rows: int, dtype: torch.dtype, *, experts: bool = False) -> Tile:
-        """The tile of a product over K with ``rows`` rows of x (expected rows an expert, for ``experts``)."""
+    def tile(self, rows: int, dtype: torch.dtype, *, experts: bool = False, columns: int = 0) -> Tile:
+        """The tile of a product over K with ``rows`` rows of x (expected rows an expert, for ``experts``).
+
+        columns: how many rows the weight has, where that is known.
+        """
+        if columns >= _WIDE and rows <= 16 and self.wgmma and not experts and dtype != torch.float32:
+            return _WGMMA_FEW_ROWS_WIDE
         return next(tile for most, tile in self.tiles(dtype, experts=experts) if rows <= most)
 
     def tiles(self, dtype: torch.dtype, *, experts: bool = False) -> Tiles:
@@ -91,7 +99,8 @@ class Arch:
 
         All parts but the last are equally long, and none is empty.
         """
-        programs = self.multiprocessors * (_PROGRAMS_FOR_FEW_ROWS if tile.block_m <= 16 else _PROGRAMS)
+        few = tile.block_m <= 16
+        programs = self.multiprocessors * (_WEIGHT_ROWS_FOR_FEW_ROWS // tile.block_n if few else _PROGRAMS)
         wanted = max(1, min(programs // max(1, tiles), steps // _FEWEST_STEPS_A_SPLIT, _MOST_SPLITS))
         longest = -(-steps // wanted)
         return -(-steps // longest)
@@ -157,6 +166,8 @@ def configurations(arch: Arch) -> Iterator[tuple[str, torch.dtype, Tile]]:
     """
     for dtype in DTYPES:
         yield from (("product", dtype, tile) for _, tile in arch.tiles(dtype))
+        if (wide := arch.tile(1, dtype, columns=_WIDE)) != arch.tile(1, dtype):
+            yield "product", dtype, wide
         yield from (("experts", dtype, tile) for _, tile in arch.tiles(dtype, experts=True))
         yield "backward", dtype, arch.backward_tile(dtype)
 

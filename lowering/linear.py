@@ -142,7 +142,7 @@ def linear(
     out = x.new_empty((m, n))
     if out.numel() == 0:
         return out.view(*x.shape[:-1], n)
-    tile = arch.tile(m, x.dtype)
+    tile = arch.tile(m, x.dtype, columns=n)
     asm = asm and x.dtype != torch.float32
     tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
     # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
