@@ -41,8 +41,8 @@ def compiled(generation, regime, dtype, tile):
 def assert_fits(generation, kernel):
     """Within shared memory and registers.
 
-    Before Hopper ptxas may put a few addresses aside, from SM86 on with some 80 registers in use: it wants more
-    programs at once. A sum that does not fit would be spilled by the dozen.
+    Before Hopper ptxas may put a few addresses aside although registers are left, with some 90 in use. A sum that does
+    not fit would be spilled by the dozen.
     """
     assert kernel.metadata.shared <= generation.shared_memory
     spills = [line for line in compiling.machine_code(kernel) if any(name in line for name in SPILLS)]
