@@ -28,7 +28,8 @@ def test_every_tile_that_can_be_picked_is_enumerated():
         for dtype in arch.DTYPES:
             assert ("backward", dtype, generation.backward_tile(dtype)) in listed
             for rows in range(0, 300):
-                assert ("product", dtype, generation.tile(rows, dtype)) in listed
+                for columns in (0, 1 << 14):
+                    assert ("product", dtype, generation.tile(rows, dtype, columns=columns)) in listed
                 assert ("experts", dtype, generation.tile(rows, dtype, experts=True)) in listed
         assert len(listed) == len(list(arch.configurations(generation)))
 
