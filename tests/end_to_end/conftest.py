@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fp4pass import _torch, backend
+from fp4pass.checkpoint.load import from_pretrained
+from fp4pass.synthesize import synthesize
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,17 @@ def graphs(monkeypatch):
     torch.compiler.reset()
     yield kept
     torch.compiler.reset()
+
+
+@pytest.fixture
+def another(tmp_path, tiny_sizes):
+    """``another(seed, dtype, **sizes)``: a model like the tiny one, but for its values and these sizes."""
+
+    def make(seed, dtype, **sizes):
+        folder = tmp_path / f"seed-{seed}"
+        return from_pretrained(synthesize(folder, "nano", seed=seed, **(tiny_sizes | sizes)), dtype=dtype)
+
+    return make
 
 
 class Replay(nn.Module):

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import pytest
 import torch
+import transformers
 from torch import fx
 
 from fp4pass.report import Report
+
+TORCH, TRANSFORMERS = (
+    tuple(int(part) for part in package.__version__.split(".")[:2]) for package in (torch, transformers)
+)
+clamps_ids = pytest.mark.xfail(
+    TRANSFORMERS < (5, 23),
+    strict=True,
+    reason="batched_mm clamps every id there and rests on weights of zero for ids beyond; no block is seen in that",
+)
 
 WHOLE = {"fp4pass.linear": 6, "fp4pass.experts": 2}
 """In the tiny model: in and out of a mamba layer, up and down of two shared experts; two blocks of routed experts."""

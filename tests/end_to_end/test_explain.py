@@ -11,7 +11,8 @@ from fp4pass.checkpoint.load import skeleton
 from fp4pass.match.reasons import Reason
 
 from ..checkpoints.files import same_bytes
-from .models import assert_whole, tokens
+from ..graphs.running import activations, relative_error
+from .models import TORCH, assert_whole, clamps_ids, tokens
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def bare(nano_dir):
     return skeleton(nano_dir)
 
 
-def on_meta(*shape, dtype=torch.bfloat16):
+def on_meta(*shape, dtype=torch.long):
     return torch.zeros(shape, dtype=dtype, device="meta")
 
 
@@ -28,10 +29,10 @@ def explained(model, ids, sm=None, **settings):
     return fp4pass.explain(model, ids, options=sm and {"target_sm": sm}, **settings)
 
 
-@pytest.mark.parametrize("sm, experts", [(90, "grouped_mm"), (80, "batched_mm")])
+@pytest.mark.parametrize("sm, experts", [(90, "grouped_mm"), pytest.param(80, "batched_mm", marks=clamps_ids)])
 def test_a_skeleton_is_told_what_the_model_gets(sm, experts, bare, nano_model, graphs):
     bare.config._experts_implementation = experts
-    told = explained(bare, on_meta(2, 7, dtype=torch.long), sm, use_cache=False)
+    told = explained(bare, on_meta(2, 7), sm, use_cache=False)
     model = nano_model(dtype=torch.bfloat16, experts_implementation=experts)
     with torch.no_grad():
         torch.compile(model, backend="fp4pass", options={"target_sm": sm})(tokens(7), use_cache=False)
@@ -43,12 +44,14 @@ def test_a_skeleton_is_told_what_the_model_gets(sm, experts, bare, nano_model, g
 @pytest.mark.xfail(strict=True, reason="Inductor folds the empty cache on the meta device into nodes out of order")
 def test_a_step_with_a_static_cache_is_told_too(bare):
     cache = StaticCache(config=bare.config, max_cache_len=16)
-    assert_whole(explained(bare, on_meta(1, 2, dtype=torch.long), past_key_values=cache))
-    assert_whole(explained(bare, on_meta(1, 1, dtype=torch.long), past_key_values=cache))
+    assert_whole(explained(bare, on_meta(1, 2), past_key_values=cache))
+    assert_whole(explained(bare, on_meta(1, 1), past_key_values=cache))
 
 
 @pytest.mark.xfail(
-    strict=True, reason="views of real strides that differ from the traced ones, which Inductor reshapes"
+    TORCH >= (2, 13),
+    strict=True,
+    reason="views of real strides that differ from the traced ones, which Inductor reshapes",
 )
 def test_one_token_of_each_of_two_texts_is_told_too(nano_model):
     assert_whole(explained(nano_model(dtype=torch.float32), tokens(1)))
@@ -70,16 +73,16 @@ def test_explaining_changes_nothing(nano_model):
 
 @pytest.mark.parametrize("sm, reason", [(75, Reason.TOO_OLD), (100, Reason.NATIVE_FP4), (120, Reason.NATIVE_FP4)])
 @pytest.mark.filterwarnings("ignore::fp4pass.backend.Fp4passWarning")
-def test_a_gpu_that_is_not_served_is_told_why_and_keeps_the_graph(sm, reason, bare, nano_model, graphs):
-    told = explained(bare.model.layers[1], on_meta(2, 7, 80), sm)
-    layer = nano_model(dtype=torch.bfloat16).model.layers[1]
-    x = torch.randn(2, 7, 80, dtype=torch.bfloat16)
+def test_a_gpu_that_is_not_served_is_told_why_and_keeps_the_graph(sm, reason, nano_dir, nano_model, graphs):
+    bare = skeleton(nano_dir, dtype=torch.float32).model.layers[1]
+    told = explained(bare, on_meta(2, 7, 80, dtype=torch.float32), sm)
+    layer, x = nano_model(dtype=torch.float32).model.layers[1], activations(2, 7, 80)
     with torch.no_grad():
         compiled = torch.compile(layer, backend="fp4pass", options={"target_sm": sm})(x)
+        assert relative_error(compiled, layer(x).double()) < 1e-5
     assert told == fp4pass.last_report()
     assert not told.rewritten and len(told.refused) == 4
     assert {entry.reason for entry in told.refused} == {f"{reason.sentence} (sm_{sm})"}
     assert {entry.remedy for entry in told.refused} == {reason.remedy}
     (graph,) = graphs
     assert not any("fp4pass" in str(node.target) for node in graph.nodes)
-    torch.testing.assert_close(compiled, layer(x), rtol=0.05, atol=0.05)

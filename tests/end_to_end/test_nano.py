@@ -11,10 +11,11 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import fp4pass
 from fp4pass.checkpoint.packed import PackedModule
 from fp4pass.lowering.layout import PLAIN
-from fp4pass.synthesize import synthesize
 
 from ..graphs.running import relative_error
-from .models import assert_whole, tokens
+from .models import assert_whole, clamps_ids, tokens
+
+pytestmark = pytest.mark.filterwarnings("error::fp4pass.backend.Fp4passWarning")
 
 LONGEST = 20
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -41,11 +42,11 @@ def prefill_and_step(models, kind="dynamic"):
     "dtype, experts, kind",
     [
         (torch.float32, "grouped_mm", "dynamic"),
-        (torch.float32, "batched_mm", "static"),
+        pytest.param(torch.float32, "batched_mm", "static", marks=clamps_ids),
         (torch.float16, "grouped_mm", "static"),
-        (torch.float16, "batched_mm", "dynamic"),
+        pytest.param(torch.float16, "batched_mm", "dynamic", marks=clamps_ids),
         (torch.bfloat16, "grouped_mm", "static"),
-        (torch.bfloat16, "batched_mm", "dynamic"),
+        pytest.param(torch.bfloat16, "batched_mm", "dynamic", marks=clamps_ids),
     ],
     ids=str,
 )
@@ -70,18 +71,14 @@ def test_experts_are_rewritten_product_by_product_where_no_block_is_sought(exper
         assert relative_error(ours, truth) < 1e-5
 
 
-def test_in_bfloat16_the_error_is_not_larger_than_that_of_the_dequantized_model(
-    nano_model, dense_twin, follow, graphs, tmp_path, tiny_sizes
-):
-    model = nano_model(dtype=torch.bfloat16)
+def test_in_bfloat16_the_error_is_not_larger_than_that_of_the_dequantized_model(another, dense_twin, follow, graphs):
+    model = another(0, torch.bfloat16, experts=12)
     exact, dense = dense_twin(model, torch.float64), dense_twin(model, torch.bfloat16)
     follow(exact, model, dense)
     compiled = torch.compile(model, backend="fp4pass", fullgraph=True)
     ours, theirs = [], []
-    for seed in range(9):
-        fresh = fp4pass.from_pretrained(
-            synthesize(tmp_path / str(seed), "nano", seed=seed, **tiny_sizes), dtype=torch.bfloat16
-        )
+    for seed in range(1, 10):
+        fresh = another(seed, torch.bfloat16, experts=12)
         for each, source in ((exact, dense_twin(fresh, torch.float64)), (dense, dense_twin(fresh)), (model, fresh)):
             missing, unexpected = each.load_state_dict(source.state_dict(), strict=False)
             assert not missing and all(".gate." in name for name in unexpected)
@@ -157,10 +154,15 @@ def test_with_dynamic_sizes_one_graph_takes_prompts_of_every_length(nano_model, 
 # --- Weights that change.
 
 
+taken_for_a_table = pytest.mark.xfail(
+    strict=True, reason="global scales as many as a decode table has values are taken for one"
+)
+
+
+@pytest.mark.parametrize("experts", [12, pytest.param(8, marks=taken_for_a_table)])
 @torch.no_grad()
-def test_new_values_and_other_layouts_under_a_compiled_model(nano_model, dense_twin, graphs, tmp_path, tiny_sizes):
-    model = nano_model(dtype=torch.float32)
-    other = fp4pass.from_pretrained(synthesize(tmp_path / "other", "nano", seed=1, **tiny_sizes), dtype=torch.float32)
+def test_new_values_and_other_layouts_under_a_compiled_model(experts, another, dense_twin, graphs):
+    model, other = (another(seed, torch.float32, experts=experts) for seed in (0, 1))
     compiled = torch.compile(model, backend="fp4pass", fullgraph=True)
     ids = tokens(7)
     first = compiled(ids).logits
