@@ -26,13 +26,17 @@ from fp4pass.match.structure import Memo, structure
 aten, prims = torch.ops.aten, torch.ops.prims
 
 LARGEST_REGION = 200
+FILLS = 3
 _VERDICTS = Memo()
 NARROW = {"H": 4, "I": 6, "O": 5}
 
 
 @dataclass(frozen=True)
 class Block:
-    """``end = sum over k of weights * down(activation(up(hidden)))`` for the experts that ``ids`` name."""
+    """``end = sum over k of weights * down(activation(up(hidden)))`` for the experts that ``ids`` name.
+
+    clamps_ids: an id beyond the last expert stands for that one, where otherwise it stands for nothing.
+    """
 
     up: Product
     down: Product
@@ -41,6 +45,7 @@ class Block:
     weights: fx.Node
     end: fx.Node
     activation: str
+    clamps_ids: bool
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,8 @@ def _block(down: Product, others: Mapping[fx.Node, Product]) -> Block | None:
         return None
     nodes, leaves = region
     key = (structure(leaves, nodes, {p.node: _described(p) for p in (up, down)}), frame, up.weight.roles.experts)
-    activation = _VERDICTS(key, lambda: _prove(nodes, leaves, end, up, down, frame))
-    return None if activation is None else Block(up, down, *leaves, end, activation)
+    verdict = _VERDICTS(key, lambda: _prove(nodes, leaves, end, up, down, frame))
+    return None if verdict is None else Block(up, down, *leaves, end, *verdict)
 
 
 def _described(product: Product) -> tuple[Hashable, list[fx.Node]]:
@@ -157,13 +162,11 @@ def _region(
 def _leaf_kind(node: fx.Node, frame: _Frame) -> str | None:
     """hidden [T, H], ids [T, k] and weights [T, k] by their shapes and dtypes."""
     tensor = value(node)
-    if tensor is None or tensor.dim() != 2:
+    if tensor is None or tensor.dim() != 2 or tensor.dtype == torch.bool:
         return None
     shape = concrete(list(tensor.shape))
     if shape == [frame.tokens, frame.choices]:
-        return (
-            "ids" if tensor.dtype in (torch.int32, torch.int64) else "weights" if tensor.is_floating_point() else None
-        )
+        return "weights" if tensor.is_floating_point() else "ids"
     return "hidden" if shape == [frame.tokens, frame.hidden] and tensor.is_floating_point() else None
 
 
@@ -180,8 +183,8 @@ def _prove(
     up: Product,
     down: Product,
     frame: _Frame,
-) -> str | None:
-    """The activation with which the region computes what the block stands for, or None."""
+) -> tuple[str, bool] | None:
+    """(activation, whether ids are clamped) with which the region computes what the block stands for, or None."""
     hidden, ids, weights = leaves
     symbols = {name: Symbol(name, size) for name, size in (("H", frame.hidden), ("I", frame.inner), ("O", frame.out))}
     tokens, choices, experts = frame.tokens, frame.choices, up.weight.roles.experts
@@ -190,36 +193,68 @@ def _prove(
     def whole(*size: int, low: int = -1, high: int = 2) -> torch.Tensor:
         return torch.randint(low, high, size, generator=generator).double()
 
+    def fill() -> dict[fx.Node, torch.Tensor]:
+        return {
+            hidden: whole(tokens, NARROW["H"]).to(value(hidden).dtype),
+            ids: torch.randint(0, experts, (tokens, choices), generator=generator).to(value(ids).dtype),
+            weights: torch.exp2(whole(tokens, choices, low=-2, high=3)).to(value(weights).dtype),
+        }
+
     w_up = whole(experts, NARROW["I"], NARROW["H"])
     w_down = whole(experts, NARROW["O"], NARROW["I"])
-    part = Part(
-        nodes,
-        end,
-        {
-            hidden: (plain(tokens), (symbols["H"],)),
-            ids: (plain(tokens), plain(choices)),
-            weights: (plain(tokens), plain(choices)),
-        },
-        list(symbols.values()),
-        stand_ins={up.node: _stand_in(up, w_up, symbols["I"]), down.node: _stand_in(down, w_down, symbols["O"])},
-    )
-    replay = Replay(part)
-    if replay.why_full is not None:
+    stand_ins = {up.node: _stand_in(up, w_up, symbols["I"]), down.node: _stand_in(down, w_down, symbols["O"])}
+    routing = (plain(tokens), plain(choices))
+    shapes = {hidden: (plain(tokens), (symbols["H"],)), ids: routing, weights: routing}
+    trial = _Trial(Replay(Part(nodes, end, shapes, list(symbols.values()), stand_ins=stand_ins)), leaves, w_up, w_down)
+    if trial.replay.why_full is not None:
         return None
-    fill: dict[fx.Node, torch.Tensor] = {
-        hidden: whole(tokens, NARROW["H"]).to(value(hidden).dtype),
-        ids: torch.randint(0, experts, (tokens, choices), generator=generator).to(value(ids).dtype),
-        weights: torch.exp2(whole(tokens, choices, low=-2, high=3)).to(value(weights).dtype),
-    }
     # A bound on the values in between would show where they are large or small. Half precision ends at 65504.
     reach = 2.0**4 if torch.float16 in {value(n).dtype for n in nodes if value(n) is not None} else 2.0**20
-    scaled = [{**fill, hidden: fill[hidden] * factor} for factor in (reach, 1 / reach)]
-    beyond = {**fill, ids: torch.where(whole(tokens, choices) > 0, experts, fill[ids]).to(value(ids).dtype)}
+    plain_fills = [fill() for _ in range(FILLS)]
+    plain_fills += [{**each, hidden: each[hidden] * reach} for each in plain_fills[:1]]
+    plain_fills += [{**each, hidden: each[hidden] / reach} for each in plain_fills[:1]]
+    beyond = [{**each, ids: torch.where(whole(tokens, choices) > 0, experts, each[ids])} for each in plain_fills[:1]]
     for name, activation in ACTIVATIONS.items():
-        tries = (fill, *scaled, beyond)
-        if all(_explains(replay, each, leaves, w_up, w_down, activation, each is beyond) for each in tries):
-            return name
+        if all(trial.explains(each, activation) for each in plain_fills):
+            for clamps in (False, True):
+                if all(trial.explains(each, activation, beyond=True, clamps=clamps) for each in beyond):
+                    return name, clamps
     return None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A region that can be run, and the whole-number matrices that stand for its weights."""
+
+    replay: Replay
+    leaves: tuple[fx.Node, fx.Node, fx.Node]
+    w_up: torch.Tensor
+    w_down: torch.Tensor
+
+    def explains(
+        self,
+        fill: Mapping[fx.Node, torch.Tensor],
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        beyond: bool = False,
+        clamps: bool = False,
+    ) -> bool:
+        """Whether the region gives the block's result on ``fill``.
+
+        ``beyond``: some ids name no expert of ours. A region that fails or has undefined numbers there was not made
+        for such ids; one that was may count them as nothing or, if it ``clamps`` ids, as the last expert.
+        """
+        hidden, ids, weights = (fill[leaf].double() for leaf in self.leaves)
+        try:
+            found = self.replay(fill, NARROW).double()
+        except (IndexError, RuntimeError):
+            return beyond
+        if beyond and not found.isfinite().all():
+            return True
+        counted = weights if clamps else torch.where(ids < len(self.w_up), weights, 0)
+        chosen = ids.long().clamp(max=len(self.w_up) - 1)
+        inner = activation(torch.einsum("th,tkih->tki", hidden, self.w_up[chosen]))
+        want = (torch.einsum("tki,tkoi->tko", inner, self.w_down[chosen]) * counted.unsqueeze(-1)).sum(1)
+        return torch.allclose(found, want, rtol=2**-6, atol=float(want.abs().max()) * 2**-7)
 
 
 def _stand_in(product: Product, matrices: torch.Tensor, columns: Symbol) -> StandIn:
@@ -246,32 +281,3 @@ def _stand_in(product: Product, matrices: torch.Tensor, columns: Symbol) -> Stan
     shape: list[Any] = [plain(size) for size in sizes]
     shape[-2 if ids is not None and product.weight_left else -1] = (columns,)
     return StandIn(tuple(shape), compute)
-
-
-def _explains(
-    replay: Replay,
-    fill: Mapping[fx.Node, torch.Tensor],
-    leaves: tuple[fx.Node, fx.Node, fx.Node],
-    w_up: torch.Tensor,
-    w_down: torch.Tensor,
-    activation: Callable[[torch.Tensor], torch.Tensor],
-    beyond: bool,
-) -> bool:
-    """Whether the region gives the block's result on ``fill``.
-
-    ``beyond``: some ids name no expert of ours. A region that fails or has undefined numbers there was not made for
-    such ids; one that was must count them as nothing.
-    """
-    hidden, ids, weights = (fill[leaf].double() for leaf in leaves)
-    try:
-        found = replay(fill, NARROW).double()
-    except (IndexError, RuntimeError):
-        return beyond
-    if beyond and not found.isfinite().all():
-        return True
-    own = ids < len(w_up)
-    chosen = ids.long().clamp(max=len(w_up) - 1)
-    inner = activation(torch.einsum("th,tkih->tki", hidden, w_up[chosen]))
-    parts = torch.einsum("tki,tkoi->tko", inner, w_down[chosen]) * torch.where(own, weights, 0).unsqueeze(-1)
-    want = parts.sum(1)
-    return torch.allclose(found, want, rtol=2**-6, atol=float(want.abs().max()) * 2**-7)

@@ -9,7 +9,7 @@ from fp4pass.match.block import Block, find_blocks
 from fp4pass.match.cone import value
 from fp4pass.passes.rewriter import ACTIVATION_DTYPES, Rewriter
 
-ops = torch.ops.fp4pass
+aten, ops = torch.ops.aten, torch.ops.fp4pass
 
 
 def rewrite_moe(rewriter: Rewriter) -> None:
@@ -35,6 +35,7 @@ def rewrite_moe(rewriter: Rewriter) -> None:
 def _build(rewriter: Rewriter, block: Block) -> fx.Node:
     *up, layout = rewriter.operands(block.up)
     *down, _ = rewriter.operands(block.down)
-    return rewriter.call(
-        ops.experts.default, block.hidden, block.ids, block.weights, *up, *down, block.activation, layout
-    )
+    ids = block.ids
+    if block.clamps_ids:
+        ids = rewriter.call(aten.clamp.default, ids, 0, block.up.weight.roles.experts - 1)
+    return rewriter.call(ops.experts.default, block.hidden, ids, block.weights, *up, *down, block.activation, layout)
