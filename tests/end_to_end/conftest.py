@@ -13,6 +13,12 @@ from fp4pass.checkpoint.load import from_pretrained
 from fp4pass.synthesize import synthesize
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """What an earlier test has compiled would make the sizes of the next one dynamic, and its compiles slow."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def cache_directory(tmp_path_factory):
     """For what these tests compile to code, empty at first: nothing rests on what an earlier run has left."""
@@ -23,9 +29,6 @@ def cache_directory(tmp_path_factory):
 def generated(cache_directory, monkeypatch):
     """Code is generated for this test, by whatever Inductor has at hand."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache_directory))
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -44,9 +47,7 @@ def graphs(monkeypatch):
         return _torch.boxed(graph_module)
 
     monkeypatch.setattr(backend, "compile_graph", functools.partial(backend.compile_graph, inner_compile=as_is))
-    torch.compiler.reset()
-    yield kept
-    torch.compiler.reset()
+    return kept
 
 
 @pytest.fixture

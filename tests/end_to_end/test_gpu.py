@@ -31,7 +31,6 @@ def wide_dir(tmp_path_factory):
 @pytest.fixture
 def load(wide_dir):
     """``load(dtype)``: the model on the GPU."""
-    torch.compiler.reset()
     yield lambda dtype: fp4pass.from_pretrained(wide_dir, dtype=dtype).to("cuda")
     torch.compiler.reset()
     torch.cuda.empty_cache()

@@ -43,10 +43,8 @@ def prefill_and_step(models, kind="dynamic"):
     [
         (torch.float32, "grouped_mm", "dynamic"),
         pytest.param(torch.float32, "batched_mm", "static", marks=clamps_ids),
-        (torch.float16, "grouped_mm", "static"),
         pytest.param(torch.float16, "batched_mm", "dynamic", marks=clamps_ids),
         (torch.bfloat16, "grouped_mm", "static"),
-        pytest.param(torch.bfloat16, "batched_mm", "dynamic", marks=clamps_ids),
     ],
     ids=str,
 )
@@ -154,15 +152,9 @@ def test_with_dynamic_sizes_one_graph_takes_prompts_of_every_length(nano_model, 
 # --- Weights that change.
 
 
-taken_for_a_table = pytest.mark.xfail(
-    strict=True, reason="global scales as many as a decode table has values are taken for one"
-)
-
-
-@pytest.mark.parametrize("experts", [12, pytest.param(8, marks=taken_for_a_table)])
 @torch.no_grad()
-def test_new_values_and_other_layouts_under_a_compiled_model(experts, another, dense_twin, graphs):
-    model, other = (another(seed, torch.float32, experts=experts) for seed in (0, 1))
+def test_new_values_and_other_layouts_under_a_compiled_model(another, dense_twin, graphs):
+    model, other = (another(seed, torch.float32, experts=12) for seed in (0, 1))
     compiled = torch.compile(model, backend="fp4pass", fullgraph=True)
     ids = tokens(7)
     first = compiled(ids).logits
