@@ -37,5 +37,6 @@ def _build(rewriter: Rewriter, block: Block) -> fx.Node:
     *down, _ = rewriter.operands(block.down)
     ids = block.ids
     if block.clamps_ids:
-        ids = rewriter.call(aten.clamp.default, ids, 0, block.up.weight.roles.experts - 1)
+        ids = rewriter.call(aten.clamp_min.default, ids, 0)
+        ids = rewriter.call(aten.clamp_max.default, ids, block.up.weight.roles.experts - 1)
     return rewriter.call(ops.experts.default, block.hidden, ids, block.weights, *up, *down, block.activation, layout)

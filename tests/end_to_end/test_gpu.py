@@ -79,7 +79,9 @@ def assert_on_this_gpu(report):
 @pytest.mark.parametrize("prefill", ["eager", "compiled"])
 def test_2048_tokens_and_decode_through_generate(prefill, load, capsys):
     model, ids = load(torch.bfloat16), prompt(2048)
-    settings = GREEDY | compiled() | ({"prefill_chunk_size": 2048} if prefill == "compiled" else {})
+    # CUDA graphs of a compiled prefill crash torch 2.11 with any backend, so only the decode steps have them.
+    chunks = {"prefill_chunk_size": 2048} | compiled(mode="default")
+    settings = GREEDY | compiled() | (chunks if prefill == "compiled" else {})
     weights = torch.cuda.memory_allocated()
     text, peak = measured(lambda: model.generate(ids, max_new_tokens=32, **settings))
     report = fp4pass.last_report()
@@ -114,7 +116,8 @@ def test_in_float32_the_tokens_are_the_references(load):
         expected = model.generate(ids, **eager)
     assert torch.equal(model.generate(ids, **eager), expected)
     assert torch.equal(model.generate(ids, **settings, **compiled()), expected)
-    assert torch.equal(model.generate(ids, **settings, **compiled(), prefill_chunk_size=20), expected)
+    chunks = compiled(mode="default") | {"prefill_chunk_size": 20}
+    assert torch.equal(model.generate(ids, **settings, **chunks), expected)
     assert_whole(fp4pass.last_report())
 
 
