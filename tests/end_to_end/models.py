@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-import pytest
 import torch
 import transformers
 from torch import fx
@@ -14,11 +13,6 @@ from fp4pass.report import Report
 
 TORCH, TRANSFORMERS = (
     tuple(int(part) for part in package.__version__.split(".")[:2]) for package in (torch, transformers)
-)
-clamps_ids = pytest.mark.xfail(
-    TRANSFORMERS < (5, 23),
-    strict=True,
-    reason="batched_mm clamps every id there and rests on weights of zero for ids beyond; no block is seen in that",
 )
 
 WHOLE = {"fp4pass.linear": 6, "fp4pass.experts": 2}

@@ -12,7 +12,7 @@ from fp4pass.match.reasons import Reason
 
 from ..checkpoints.files import same_bytes
 from ..graphs.running import activations, relative_error
-from .models import TORCH, assert_whole, clamps_ids, tokens
+from .models import TORCH, assert_whole, tokens
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def explained(model, ids, sm=None, **settings):
     return fp4pass.explain(model, ids, options=sm and {"target_sm": sm}, **settings)
 
 
-@pytest.mark.parametrize("sm, experts", [(90, "grouped_mm"), pytest.param(80, "batched_mm", marks=clamps_ids)])
+@pytest.mark.parametrize("sm, experts", [(90, "grouped_mm"), (80, "batched_mm")])
 def test_a_skeleton_is_told_what_the_model_gets(sm, experts, bare, nano_model, graphs):
     bare.config._experts_implementation = experts
     told = explained(bare, on_meta(2, 7), sm, use_cache=False)
