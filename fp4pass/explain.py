@@ -25,9 +25,10 @@ def explain(
     """Trace ``model(*args, **kwargs)``, run the passes and their proofs, and tell what became of each product.
 
     The same tracing and the same proofs as a compile, but no code is generated. Nothing needs values: model and
-    arguments may lie on the meta device (``fp4pass.checkpoint.load.skeleton(path)`` builds a checkpoint's model
-    there), and ``options={"target_sm": 90}`` asks for a GPU that is not at hand. Gradients are off. All graphs of the
-    call are in one report. The call itself is run, with the rewritten graphs.
+    arguments may lie on the meta device, where ``fp4pass.checkpoint.load.skeleton(path)`` builds a checkpoint's model
+    (give it ``use_cache=False`` or a static cache: a growing one does not trace on meta), and
+    ``options={"target_sm": 90}`` asks for a GPU that is not at hand. Gradients are off. All graphs of the call are in
+    one report. The call itself is run, with the rewritten graphs.
 
     Raises what a compile with the same options raises, but for ``require_match``.
     """
@@ -47,4 +48,7 @@ def explain(
 
 def _as_is(gm: fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
     """In the place of Inductor's code generation: run the rewritten graph node by node."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # strides may differ from the traced ones, as Inductor knows
+    gm.recompile()
     return _torch.boxed(gm)

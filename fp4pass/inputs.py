@@ -16,11 +16,12 @@ from torch import fx
 
 from fp4pass import _torch
 from fp4pass.match.cone import CODE_DTYPES
-from fp4pass.match.roles import TABLE_BYTES, TABLE_SIZES
+from fp4pass.match.roles import TABLE_BYTES
 from fp4pass.match.structure import table_bytes
 
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+_LOOK_UPS = {"getitem", "embedding", "index", "index_select", "take", "take_along_dim", "gather"}
 
 
 class CallInputs:
@@ -98,13 +99,13 @@ def _table_candidates(graph: fx.Graph, placeholders: Sequence[fx.Node], examples
     """Small inputs that meet packed codes on the way to a product: what a decode table would do."""
     example_of = dict(zip(placeholders, examples, strict=True))
     codes = {n for n, e in example_of.items() if _is(e) and e.dtype in CODE_DTYPES and e.dim() >= 2}
-    experts = {example_of[n].shape[0] for n in codes if example_of[n].dim() == 3} - set(TABLE_SIZES)
+    experts = {example_of[n].shape[0] for n in codes if example_of[n].dim() == 3}
     small = {
         n
         for n, e in example_of.items()
         if _is(e) and n not in codes and 1 < e.numel() != 0 and e.numel() * e.element_size() <= TABLE_BYTES
     }
-    small = {n for n in small if _may_be_table(example_of[n], [example_of[c] for c in codes], experts)}
+    small = {n for n in small if _may_be_table(example_of[n], [example_of[c] for c in codes])}
     tainted, reach, met = set(codes), {n: {n} for n in small}, set()
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or _name(node) in _PRODUCTS:
@@ -113,7 +114,8 @@ def _table_candidates(graph: fx.Graph, placeholders: Sequence[fx.Node], examples
         reached = set().union(*(reach.get(n, ()) for n in inputs))
         if any(n in tainted for n in inputs):
             tainted.add(node)
-            met |= reached
+            # As many entries as there are experts: global scales, unless the codes pick among them.
+            met |= {n for n in reached if _name(node) in _LOOK_UPS or example_of[n].numel() not in experts}
         elif reached:
             reach[node] = reached
     return (i for i, n in enumerate(placeholders) if n in met)
@@ -123,11 +125,9 @@ def _is(example: Any) -> bool:
     return isinstance(example, torch.Tensor) and not any(isinstance(s, torch.SymInt) for s in example.shape)
 
 
-def _may_be_table(tensor: torch.Tensor, codes: Sequence[torch.Tensor], experts: set[int]) -> bool:
-    """Not so the block scales of some codes, nor one global scale an expert: their values must stay out of the key."""
-    if tensor.element_size() == 1 and any(tensor.numel() * 8 == c.numel() for c in codes):
-        return False
-    return tensor.numel() not in experts
+def _may_be_table(tensor: torch.Tensor, codes: Sequence[torch.Tensor]) -> bool:
+    """Not so the block scales of some codes: their values must stay out of the key."""
+    return tensor.element_size() != 1 or all(tensor.numel() * 8 != c.numel() for c in codes)
 
 
 def _name(node: fx.Node) -> str:

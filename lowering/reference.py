@@ -81,7 +81,8 @@ def linear(
     accumulate: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``: x ``[..., K]``, codes uint8 ``[N, K/2]``, bias ``[N]`` -> ``[..., N]`` in x's dtype."""
-    total = _product(x.to(accumulate), codes, scale, layout)
+    # Contiguous, because the order of a sum in a matrix library may depend on strides.
+    total = _product(x.to(accumulate).contiguous(), codes, scale, layout)
     total = _times_global(total, global_scale)
     if bias is not None:
         total = total + bias.to(accumulate)

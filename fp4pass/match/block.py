@@ -26,7 +26,7 @@ from fp4pass.match.structure import Memo, structure
 aten, prims = torch.ops.aten, torch.ops.prims
 
 LARGEST_REGION = 200
-FILLS = 3
+FILLS, MOST_IDS = 3, 4096
 _VERDICTS = Memo()
 NARROW = {"H": 4, "I": 6, "O": 5}
 
@@ -156,7 +156,26 @@ def _region(
         stack.extend((n, False) for n in reversed(inputs))
     if leaves.keys() != {"hidden", "ids", "weights"} or not {up.node, down.node} <= seen:
         return None
+    if _is_read_elsewhere(nodes, up.node, end) or _numbers_rows(nodes, total):
+        return None
     return nodes, (leaves["hidden"], leaves["ids"], leaves["weights"])
+
+
+def _is_read_elsewhere(nodes: Sequence[fx.Node], up: fx.Node, end: fx.Node) -> bool:
+    """Whether something outside of the region needs a result in between, so that the products would stay."""
+    inside, after = set(nodes), {up}
+    for node in nodes:
+        if node in after or any(n in after for n in node.all_input_nodes):
+            after.add(node)
+    return any(user not in inside for node in after - {end} for user in node.users)
+
+
+def _numbers_rows(nodes: Sequence[fx.Node], total: fx.Node) -> bool:
+    """With a number of tokens that varies: whether rows are told apart by their place, other than to sort them back."""
+    if isinstance(value(total).shape[0], int):
+        return False
+    numbers = [n for n in nodes if n.target in (prims.iota.default, aten.arange.default, aten.arange.start_step)]
+    return any(user.target is not aten.index_put.default for number in numbers for user in number.users)
 
 
 def _leaf_kind(node: fx.Node, frame: _Frame) -> str | None:
@@ -193,11 +212,16 @@ def _prove(
     def whole(*size: int, low: int = -1, high: int = 2) -> torch.Tensor:
         return torch.randint(low, high, size, generator=generator).double()
 
-    def fill() -> dict[fx.Node, torch.Tensor]:
+    first_ids = torch.randint(0, experts, (tokens, choices), generator=generator)
+
+    def fill(number: int) -> dict[fx.Node, torch.Tensor]:
+        """Every id comes by in every place where there are few; routing weights of every kind."""
+        scales = torch.exp2(whole(tokens, choices, low=-2, high=3) * (1 if number % 2 else 5))
+        signs = whole(tokens, choices) if number % 2 else 1
         return {
             hidden: whole(tokens, NARROW["H"]).to(value(hidden).dtype),
-            ids: torch.randint(0, experts, (tokens, choices), generator=generator).to(value(ids).dtype),
-            weights: torch.exp2(whole(tokens, choices, low=-2, high=3)).to(value(weights).dtype),
+            ids: ((first_ids + number) % experts).to(value(ids).dtype),
+            weights: (scales * signs).to(value(weights).dtype),
         }
 
     w_up = whole(experts, NARROW["I"], NARROW["H"])
@@ -209,15 +233,18 @@ def _prove(
     if trial.replay.why_full is not None:
         return None
     # A bound on the values in between would show where they are large or small. Half precision ends at 65504.
-    reach = 2.0**4 if torch.float16 in {value(n).dtype for n in nodes if value(n) is not None} else 2.0**20
-    plain_fills = [fill() for _ in range(FILLS)]
-    plain_fills += [{**each, hidden: each[hidden] * reach} for each in plain_fills[:1]]
-    plain_fills += [{**each, hidden: each[hidden] / reach} for each in plain_fills[:1]]
-    beyond = [{**each, ids: torch.where(whole(tokens, choices) > 0, experts, each[ids])} for each in plain_fills[:1]]
+    reach = 2.0**4 if torch.float16 in trial.dtypes(nodes) else 2.0**20
+    fills = [fill(number) for number in range(experts if tokens * experts <= MOST_IDS else FILLS)]
+    first = fills[0]
+    fills += [{**first, hidden: first[hidden] * factor} for factor in (reach, 1 / reach)]
+    strangers = experts + torch.arange(tokens * choices).reshape(tokens, choices) // 2 % (experts + 2)
+    is_strange = torch.arange(tokens * choices).reshape(tokens, choices) % 2 == 0
+    beyond = {**first, ids: torch.where(is_strange, strangers, first[ids]).to(value(ids).dtype)}
     for name, activation in ACTIVATIONS.items():
-        if all(trial.explains(each, activation) for each in plain_fills):
+        tolerance = 0.0 if name == "relu2" else max(torch.finfo(dtype).eps for dtype in trial.dtypes(nodes))
+        if all(trial.explains(each, activation, tolerance) for each in fills):
             for clamps in (False, True):
-                if all(trial.explains(each, activation, beyond=True, clamps=clamps) for each in beyond):
+                if trial.explains(beyond, activation, tolerance, beyond=True, clamps=clamps):
                     return name, clamps
     return None
 
@@ -235,17 +262,18 @@ class _Trial:
         self,
         fill: Mapping[fx.Node, torch.Tensor],
         activation: Callable[[torch.Tensor], torch.Tensor],
+        tolerance: float,
         beyond: bool = False,
         clamps: bool = False,
     ) -> bool:
-        """Whether the region gives the block's result on ``fill``.
+        """Whether the region gives the block's result on ``fill``, to ``tolerance`` of the largest number.
 
         ``beyond``: some ids name no expert of ours. A region that fails or has undefined numbers there was not made
         for such ids; one that was may count them as nothing or, if it ``clamps`` ids, as the last expert.
         """
         hidden, ids, weights = (fill[leaf].double() for leaf in self.leaves)
         try:
-            found = self.replay(fill, NARROW).double()
+            found = self.replay(fill, NARROW)
         except (IndexError, RuntimeError):
             return beyond
         if beyond and not found.isfinite().all():
@@ -254,7 +282,13 @@ class _Trial:
         chosen = ids.long().clamp(max=len(self.w_up) - 1)
         inner = activation(torch.einsum("th,tkih->tki", hidden, self.w_up[chosen]))
         want = (torch.einsum("tki,tkoi->tko", inner, self.w_down[chosen]) * counted.unsqueeze(-1)).sum(1)
-        return torch.allclose(found, want, rtol=2**-6, atol=float(want.abs().max()) * 2**-7)
+        # Whole numbers and powers of two: exact up to the one rounding of the result.
+        bound = tolerance * float(want.abs().max())
+        return torch.allclose(found.double(), want.to(found.dtype).double(), rtol=2 * tolerance, atol=2 * bound)
+
+    def dtypes(self, nodes: Sequence[fx.Node]) -> set[torch.dtype]:
+        """The float dtypes that the region computes in."""
+        return {value(n).dtype for n in nodes if value(n) is not None and value(n).is_floating_point()}
 
 
 def _stand_in(product: Product, matrices: torch.Tensor, columns: Symbol) -> StandIn:

@@ -38,6 +38,7 @@ class Rewriter:
         self.refused: list[Entry] = []
         self.products: list[Product] = []
         self._at: fx.Node | None = None
+        self._moved: dict[fx.Node, fx.Node] = {}
         found = find_products(graph, inputs)
         self.products = [p for p in found if isinstance(p.weight, Weight)]
         for product in found:
@@ -45,7 +46,9 @@ class Rewriter:
                 self.refuse(product, product.weight)
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """Emit a call before the node that is being replaced, with its fake result."""
+        """Emit a call before the node that is being replaced, with its fake result. Nodes replaced before stand for
+        what is in their place now."""
+        args = fx.node.map_arg(args, self._current)
         with self.graph.inserting_before(self._at):
             node = self.graph.call_function(target, args)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])
@@ -53,6 +56,11 @@ class Rewriter:
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in self._at.meta:
                 node.meta[name] = self._at.meta[name]
+        return node
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        while node in self._moved:
+            node = self._moved[node]
         return node
 
     def replace(self, products: Sequence[Product], at: fx.Node, op: str, build: Callable[[], fx.Node]) -> bool:
@@ -67,6 +75,7 @@ class Rewriter:
                 self.refuse(product, Refusal(Reason.FAILED, f"{type(error).__name__}: {error}"))
             return False
         at.replace_all_uses_with(new)
+        self._moved[at] = new
         self.rewritten.append(self._entry(products, op))
         log.debug("%s -> %s", at, op)
         self._drop(products)

@@ -68,7 +68,6 @@ def test_one_token_is_rewritten_whole_under_max_autotune(nano_model, dense_twin,
     assert_whole(fp4pass.last_report(), graphs)
 
 
-@pytest.mark.xfail(strict=True, reason="global scales as many as a decode table has values are taken for one")
 @pytest.mark.filterwarnings("error::fp4pass.backend.Fp4passWarning")
 @pytest.mark.parametrize("experts", [8, 16])
 @torch.no_grad()

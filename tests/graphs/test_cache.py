@@ -32,6 +32,7 @@ TABLE = decodes.E2M1.clone()
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
+
 @pytest.fixture
 def passes(tmp_path, monkeypatch):
     """An empty cache of its own; the list grows by one whenever the passes run."""
