@@ -27,6 +27,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 LARGEST_REGION = 200
 FILLS, MOST_IDS = 3, 4096
+_BOUNDS = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.minimum.default}
+_BOUNDS |= {aten.maximum.default, aten.hardtanh.default}
 _VERDICTS = Memo()
 NARROW = {"H": 4, "I": 6, "O": 5}
 
@@ -230,10 +232,11 @@ def _prove(
     routing = (plain(tokens), plain(choices))
     shapes = {hidden: (plain(tokens), (symbols["H"],)), ids: routing, weights: routing}
     trial = _Trial(Replay(Part(nodes, end, shapes, list(symbols.values()), stand_ins=stand_ins)), leaves, w_up, w_down)
-    if trial.replay.why_full is not None:
+    half = torch.float16 in trial.dtypes(nodes)
+    if trial.replay.why_full is not None or (half and any(_bounds(node) for node in nodes)):
         return None
-    # A bound on the values in between would show where they are large or small. Half precision ends at 65504.
-    reach = 2.0**4 if torch.float16 in trial.dtypes(nodes) else 2.0**20
+    # A bound on the values in between would show where they are large or small; for half precision see `_bounds`.
+    reach = 2.0**4 if half else 2.0**20
     fills = [fill(number) for number in range(experts if tokens * experts <= MOST_IDS else FILLS)]
     first = fills[0]
     fills += [{**first, hidden: first[hidden] * factor} for factor in (reach, 1 / reach)]
@@ -247,6 +250,11 @@ def _prove(
                 if trial.explains(beyond, activation, tolerance, beyond=True, clamps=clamps):
                     return name, clamps
     return None
+
+
+def _bounds(node: fx.Node) -> bool:
+    """Whether the node bounds floats: too near to the end of half precision to be told by trying."""
+    return node.target in _BOUNDS and value(node).is_floating_point()
 
 
 @dataclass(frozen=True)
