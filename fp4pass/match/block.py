@@ -217,8 +217,11 @@ def _prove(
     first_ids = torch.randint(0, experts, (tokens, choices), generator=generator)
 
     def fill(number: int) -> dict[fx.Node, torch.Tensor]:
-        """Every id comes by in every place where there are few; routing weights of every kind."""
-        scales = torch.exp2(whole(tokens, choices, low=-2, high=3) * (1 if number % 2 else 5))
+        """Every id comes by in every place where there are few; routing weights of every kind.
+
+        Weights stay within 2^-4 and 2^4: the sums then have fewer bits than a float32, and are exact in any order.
+        """
+        scales = torch.exp2(whole(tokens, choices, low=-2, high=3) * (1 if number % 2 else 2))
         signs = whole(tokens, choices) if number % 2 else 1
         return {
             hidden: whole(tokens, NARROW["H"]).to(value(hidden).dtype),
