@@ -35,7 +35,7 @@ def check_version() -> None:
 check_version()
 
 from torch._dynamo import config as dynamo_config  # noqa: E402
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException  # noqa: E402, F401
+from torch._dynamo.exc import BackendCompilerFailed  # noqa: E402, F401
 from torch._functorch._aot_autograd.descriptors import (  # noqa: E402
     AOTInput,
     PlainAOTInput,
@@ -104,11 +104,6 @@ def is_static_input(example: Any) -> bool:
 def report_directory() -> Path:
     """A folder of ours beside Inductor's compile cache, which lives and dies with it."""
     return Path(_cache_dir()) / "fp4pass"
-
-
-def caches_disabled() -> bool:
-    """Whether Inductor keeps compiled graphs between processes at all."""
-    return bool(inductor_config.force_disable_caches)
 
 
 def user_joint_passes() -> Sequence[Any]:

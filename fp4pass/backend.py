@@ -87,14 +87,13 @@ def compile_graph(
 
     def run(**more: Any) -> Compiled:
         patches = {**options.patches(), "joint_custom_pre_pass": ours, **more}
-        if inner_compile is not None:  # folding serves code generation, and leaves some graphs out of order
-            patches["joint_graph_constant_folding"] = False
         inner = {} if inner_compile is None else {"inner_compile": inner_compile}
         decompositions = _torch.decompositions_keeping_products()
         return _torch.compile_fx(gm, examples, config_patches=patches, decompositions=decompositions, **inner)
 
-    if inner_compile is not None:
-        return run(force_disable_caches=True), (ours.report or Report()).named(call.names)
+    if inner_compile is not None:  # folding serves code generation, and leaves some graphs out of order
+        compiled = run(force_disable_caches=True, joint_graph_constant_folding=False)
+        return compiled, (ours.report or Report()).named(call.names)
     store, key = Store(_torch.report_directory()), _key(gm, examples, ours)
     compiled = run()
     report = ours.report

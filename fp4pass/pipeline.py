@@ -22,7 +22,7 @@ from fp4pass.options import Options
 from fp4pass.passes.experts import rewrite_experts
 from fp4pass.passes.linear import rewrite_linear
 from fp4pass.passes.moe import rewrite_moe
-from fp4pass.passes.rewriter import Rewriter
+from fp4pass.passes.rewriter import Rewriter, alike
 from fp4pass.report import Report
 from fp4pass.target import Target
 
@@ -123,11 +123,7 @@ def check_metadata(graph: fx.Graph) -> None:
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         found = node.target(*args, **kwargs)
-        same = found.dtype == recorded.dtype and len(found.shape) == len(recorded.shape)
-        if not same or any(
-            isinstance(a, int) and isinstance(b, int) and a != b
-            for a, b in zip(found.shape, recorded.shape, strict=True)
-        ):
+        if not alike(found, recorded):
             raise AssertionError(
                 f"{node} gives {found.dtype} {found.shape}, recorded {recorded.dtype} {recorded.shape}"
             )

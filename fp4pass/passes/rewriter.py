@@ -145,8 +145,13 @@ class Rewriter:
 def _check_same(old: fx.Node, new: fx.Node) -> None:
     """The replacement must have the shape and dtype of what it replaces."""
     before, after = value(old), value(new)
-    if before.dtype != after.dtype or before.dim() != after.dim():
+    if not alike(before, after):
         raise AssertionError(f"{old} is {before.dtype} {before.shape}, its replacement {after.dtype} {after.shape}")
-    for a, b in zip(before.shape, after.shape, strict=True):
-        if isinstance(a, int) and isinstance(b, int) and a != b:
-            raise AssertionError(f"{old} has shape {before.shape}, its replacement {after.shape}")
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two fake tensors have the same dtype and rank, and the same sizes where both are known."""
+    if a.dtype != b.dtype or a.dim() != b.dim():
+        return False
+    pairs = zip(a.shape, b.shape, strict=True)
+    return all(m == n for m, n in pairs if isinstance(m, int) and isinstance(n, int))
