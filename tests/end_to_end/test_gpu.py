@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 from transformers import CompileConfig
 
 import fp4pass
@@ -146,3 +147,38 @@ def test_the_gpus_layout_is_taken_back_when_saving(straight, load, wide_dir, tmp
     before, after = read_tensors(wide_dir), read_tensors(tmp_path)
     assert before.keys() == after.keys()
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
+
+
+class Mixer(nn.Module):
+    """The products of a MoE layer, its routing from outside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shared, self.routed = model.model.layers[1].mixer.shared_experts, model.model.layers[1].mixer.experts
+
+    def forward(self, hidden, ids, weights):
+        return self.shared(hidden) + self.routed(hidden, ids, weights)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("mode", ["eager", "default", "reduce-overhead"])
+@pytest.mark.parametrize("count", [2, 150])
+def test_a_module_runs_on_its_own_device_whichever_is_current(count, mode, nano_model):
+    random = torch.Generator().manual_seed(count)
+    hidden = torch.randn(count, 80, generator=random).bfloat16()
+    weights, ids = torch.rand(count, 8, generator=random).topk(2, -1)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.compiler.reset()
+        module = Mixer(nano_model(dtype=torch.bfloat16)).to(device)
+        inputs = [tensor.to(device) for tensor in (hidden, ids, weights)]
+        call = module if mode == "eager" else torch.compile(module, backend="fp4pass", fullgraph=True, mode=mode)
+        for _ in range(4):  # enough for a CUDA graph to be recorded and replayed
+            result = call(*inputs).clone()
+        assert torch.cuda.current_device() == 0
+        assert result.device == torch.device(device)
+        if mode != "eager":
+            assert_whole(fp4pass.last_report(), ops={"fp4pass.linear": 2, "fp4pass.experts": 1})
+        results.append(result.cpu())
+    assert torch.equal(*results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp4pass.errors import ArgumentError
 from fp4pass.lowering import layout, ops, reference
 
 from .operands import activations, assert_within, every_product, weight
@@ -265,3 +266,31 @@ def test_a_compiled_graph_calls_the_op_with_symbolic_rows():
     for rows in (3, 20, 129):
         x = activations(rows, 336, dtype=torch.bfloat16, device="cuda")
         assert torch.equal(compiled(x), fp4pass.linear(x, *operands, None, ORDER).relu())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ops_run_where_their_operands_are_whichever_device_is_current():
+    up, down = block(16, 208, 336)
+    dense = weight(208, 336, order=ORDER, device="cuda")
+
+    def results(device):
+        """Every op, at the numbers of rows that its launches tell apart."""
+        first, second, single = ([t.to(device) for t in operands] for operands in (up, down, dense))
+        for rows in (3, 40, 300):
+            ids, weights = (t.to(device) for t in routed(rows, 4, 16))
+            wide = activations(rows, 336, dtype=torch.bfloat16, device="cuda").to(device)
+            x = activations(rows, 208, dtype=torch.bfloat16, device="cuda").to(device)
+            ends = torch.arange(16, dtype=torch.int32, device=device) * rows // 15
+            yield fp4pass.linear(wide, *single, None, ORDER)
+            yield fp4pass.linear_backward(x, *single, ORDER)
+            yield fp4pass.gathered_linear(x, *first, ids[:, 0], ORDER)
+            yield fp4pass.grouped_linear(x, *first, ends, ORDER)
+            yield fp4pass.experts(x, ids, weights, *first, *second, "relu2", ORDER)
+
+    assert torch.cuda.current_device() == 0
+    here, there = list(results("cuda:0")), list(results("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert {t.device.index for t in there} == {1}
+    assert all(torch.equal(a, b.to("cuda:0")) for a, b in zip(here, there, strict=True))
+    with pytest.raises(ArgumentError, match="device"):
+        fp4pass.linear(activations(3, 336, dtype=torch.bfloat16, device="cuda:1"), *dense, None, ORDER)
