@@ -52,6 +52,9 @@ from torch._inductor.runtime.runtime_utils import cache_dir as _cache_dir  # noq
 from torch._logging import trace_structured  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors  # noqa: E402, F401
+from torch.fx.experimental.symbolic_shapes import (  # noqa: E402
+    GuardOnDataDependentSymNode as DataDependentError,  # noqa: F401
+)
 
 
 def decompositions_keeping_products() -> dict[Any, Callable[..., Any]]:

@@ -17,7 +17,7 @@ from fp4pass.errors import UnmatchedError
 from fp4pass.inputs import CallInputs
 from fp4pass.lowering import ops  # noqa: F401  # registers what a cached graph calls
 from fp4pass.options import Options
-from fp4pass.pipeline import Fp4Pass
+from fp4pass.pipeline import Fp4Pass, experts_without_backward
 from fp4pass.report import Report, Store, remember
 from fp4pass.target import choose_target
 
@@ -89,7 +89,12 @@ def compile_graph(
         patches = {**options.patches(), "joint_custom_pre_pass": ours, **more}
         inner = {} if inner_compile is None else {"inner_compile": inner_compile}
         decompositions = _torch.decompositions_keeping_products()
-        return _torch.compile_fx(gm, examples, config_patches=patches, decompositions=decompositions, **inner)
+        try:
+            return _torch.compile_fx(gm, examples, config_patches=patches, decompositions=decompositions, **inner)
+        except _torch.DataDependentError as error:
+            if torch.is_grad_enabled():
+                _blame_gradients(error, gm, examples, options, call)
+            raise
 
     if inner_compile is not None:  # folding serves code generation, and leaves some graphs out of order
         compiled = run(force_disable_caches=True, joint_graph_constant_folding=False)
@@ -104,6 +109,27 @@ def compile_graph(
         report = ours.report or Report()
         store.save(key, report)
     return compiled, report.named(call.names)
+
+
+def _blame_gradients(
+    error: _torch.DataDependentError, gm: fx.GraphModule, examples: Sequence[Any], options: Options, call: CallInputs
+) -> None:
+    """Raise GradientError if without gradients the same graph compiles, with NVFP4 experts in it.
+
+    Some versions of transformers have experts whose backward reads sizes from a tensor: torch then gives up tracing it
+    before any pass can say that experts have none.
+    """
+    try:
+        with torch.no_grad():
+            _, report = compile_graph(gm, examples, options, call, inner_compile=lambda g, *_, **__: _torch.boxed(g))
+    except _torch.DataDependentError:
+        return
+    experts = [entry for entry in report.rewritten if entry.experts]
+    if experts:
+        where = experts[0].module or "an unnamed module"
+        raise experts_without_backward(
+            f"gradients enabled, experts in {where} (first of {len(experts)}), a backward that torch cannot trace"
+        ) from error
 
 
 def _announce(report: Report, options: Options) -> None:

@@ -103,12 +103,19 @@ def _refuse_saved_weights(report: Report) -> None:
     backward = [entry for entry in report.refused if entry.reason.startswith(Reason.BACKWARD.sentence)]
     if backward:
         first = backward[0]
-        raise GradientError(
-            "gradients flow through experts with NVFP4 weights",
-            seen=f"{len(backward)} products of their backward; the first is {first.op} ({first.n} x {first.k})",
-            expected="no backward, so that no dequantized weight is saved for it",
-            do="call the model under torch.no_grad() or torch.inference_mode()",
+        raise experts_without_backward(
+            f"{len(backward)} products of their backward; the first is {first.op} ({first.n} x {first.k})"
         )
+
+
+def experts_without_backward(seen: str) -> GradientError:
+    """The error for a compile with gradients through NVFP4 experts."""
+    return GradientError(
+        "gradients flow through experts with NVFP4 weights",
+        seen=seen,
+        expected="no backward, so that no dequantized weight is saved for it",
+        do="call the model under torch.no_grad() or torch.inference_mode()",
+    )
 
 
 def check_metadata(graph: fx.Graph) -> None:

@@ -10,7 +10,7 @@ from fp4pass.checkpoint.packed import PackedModule
 from fp4pass.errors import GradientError
 
 from ..graphs.running import relative_error
-from .models import TRANSFORMERS, assert_whole, tokens
+from .models import assert_whole, tokens
 
 
 def embedded(model):
@@ -48,23 +48,8 @@ def test_without_experts_the_gradient_reaches_the_embeddings_and_no_weight_is_sa
     assert not [t.shape for t in saved if t.is_floating_point() and t.dim() == 2 and frozenset(t.shape) in dense]
 
 
-untraceable = pytest.mark.xfail(
-    TRANSFORMERS < (5, 23),
-    strict=True,
-    reason="the backward of the fallback for float32 reads sizes from a tensor there, which torch refuses to trace",
-)
-
-
-@pytest.mark.parametrize(
-    "dtype, experts",
-    [
-        pytest.param(torch.float32, "grouped_mm", marks=untraceable),
-        (torch.float32, "batched_mm"),
-        (torch.bfloat16, "grouped_mm"),
-        (torch.bfloat16, "batched_mm"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_experts_say_that_they_have_no_backward(dtype, experts, nano_model, graphs):
     model = nano_model(dtype=dtype, experts_implementation=experts)
     layer = model.model.layers[1]

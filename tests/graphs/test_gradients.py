@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fp4pass._torch import DataDependentError
 from fp4pass.errors import GradientError
 
 from . import decodes
@@ -94,3 +95,27 @@ def test_grouped_experts_have_no_backward():
 
 def test_grouped_experts_of_transformers_have_no_backward():
     assert_no_gradients(PRODUCTS_OF_EXPERTS["grouped_by_transformers"], ENDS)
+
+
+@torch.library.custom_op("fp4pass_tests::first_rows", mutates_args=())
+def first_rows(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """x, its rows from ``count`` on set to zero."""
+    return torch.where(torch.arange(x.shape[0])[:, None] < count, x, 0)
+
+
+def first_rows_backward(ctx, grad):
+    return (grad if ctx.count.item() == 1 else 2 * grad), None
+
+
+first_rows.register_fake(lambda x, count: torch.empty_like(x))
+first_rows.register_autograd(
+    first_rows_backward, setup_context=lambda ctx, inputs, output: setattr(ctx, "count", inputs[1])
+)
+
+
+def test_another_backward_that_cannot_be_traced_keeps_its_own_error():
+    linear, count = Packed(PLAIN), torch.tensor(1)
+    run = compiling(lambda x: first_rows(linear(x), count))
+    with pytest.raises(Exception, match="data-dependent") as caught:
+        run(activations(3, K).requires_grad_())
+    assert isinstance(caught.value.inner_exception, DataDependentError)
