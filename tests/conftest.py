@@ -61,8 +61,11 @@ def _dense_twin(model, dtype=torch.float32):
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             for part, _ in module.packed_parameters():
-                del state[f"{name}.{part}"]
-            state |= {f"{name}.{matrix}": module.dense(matrix, dtype) for matrix in module.matrices}
+                if f"{name}.{part}" in state:
+                    del state[f"{name}.{part}"]
+            state |= {
+                f"{name}.{matrix.removesuffix('_packed')}": module.dense(matrix, dtype) for matrix in module.matrices
+            }
     twin.load_state_dict(state)
     # The loop over experts computes in any dtype.
     twin.config._experts_implementation = "eager"

@@ -14,12 +14,15 @@ from typing import Any
 
 from fp4pass.errors import CheckpointError
 
-NVFP4, W4A16_NVFP4, FP8 = "NVFP4", "W4A16_NVFP4", "FP8"
-NVFP4_ALGOS = (NVFP4, W4A16_NVFP4)
-"""Both store the same tensors; NVFP4 adds an input scale, which weight-only inference does not use."""
+NVFP4, W4A16_NVFP4, NVFP4_AWQ, FP8 = "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "FP8"
+NVFP4_ALGOS = (NVFP4, W4A16_NVFP4, NVFP4_AWQ)
+"""All store the same weight. NVFP4 adds an input scale, which weight-only inference does not use; NVFP4_AWQ adds, to
+some layers, a ``pre_quant_scale`` that multiplies the layer's input."""
 
 KNOWN_ALGOS = (*NVFP4_ALGOS, FP8)
 GROUP_SIZE = 16
+
+_MIXED = "MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -38,42 +41,42 @@ class QuantConfig:
     def from_dict(cls, content: Mapping[str, Any]) -> QuantConfig:
         """Read the content of hf_quant_config.json or of config.json's ``quantization_config``.
 
-        Raises CheckpointError for a quant_algo that is unknown or not computed here and for a group size other than 16.
+        Raises CheckpointError for content of another form, for a quant_algo that is unknown or not computed here and
+        for a group size other than 16.
         """
-        facts = content.get("quantization", content)
-        if not isinstance(facts, Mapping) or "quant_algo" not in facts:
-            raise CheckpointError(
-                "the quantization config does not say how the checkpoint is quantized",
-                seen=f"keys {sorted(facts)}" if isinstance(facts, Mapping) else repr(facts),
-                expected="quant_algo, as ModelOpt writes it",
-                do="download config.json or hf_quant_config.json of the release again",
-            )
-        algo, layers = facts["quant_algo"], dict(_layers(facts))
-        mixed = algo == "MIXED_PRECISION"
-        if mixed and not layers:
+        facts = _facts(content)
+        groups = _groups(facts)
+        algo = facts["quant_algo"] if "quant_algo" in facts else _algo_of_classes(groups)
+        layers = dict(_layers(facts, groups))
+        if algo == _MIXED and not layers:
             raise CheckpointError(
                 "quant_algo MIXED_PRECISION without a precision for any layer",
                 seen="neither quantized_layers nor config_groups with module names",
                 expected="quantized_layers: {module: {quant_algo: ...}}",
                 do="take hf_quant_config.json from the release itself; some mirrors keep only a stub of it",
             )
-        if algo is not None and not mixed:
+        if algo not in (None, _MIXED):
             _check_algo("the whole checkpoint", algo, facts.get("group_size"))
-        names = facts.get("exclude_modules") or facts.get("ignore") or ()
+            for _, group_size, _ in groups:
+                _check_algo("the whole checkpoint", algo, group_size)
+        names = [checkpoint_name(name) for name in _names(facts)]
         patterns = tuple(name for name in names if any(mark in name for mark in "*?["))
         return cls(
-            default=None if mixed else algo,
+            default=None if algo == _MIXED else algo,
             layers=layers,
             excluded=frozenset(names) - frozenset(patterns),
             excluded_patterns=patterns,
         )
 
-    def algo(self, module: str) -> str | None:
-        """The quant_algo of linear layer ``module`` (``backbone.*`` or ``model.*``), None if it is not quantized."""
+    def algo(self, module: str, kind: str = "Linear") -> str | None:
+        """The quant_algo of layer ``module`` (``backbone.*`` or ``model.*``), None if it is not quantized.
+
+        ``kind`` is the layer's class; the precision of the whole checkpoint holds for linear layers alone.
+        """
         name = checkpoint_name(module)
         if name in self.excluded or any(fnmatchcase(name, pattern) for pattern in self.excluded_patterns):
             return None
-        return self.layers.get(name, self.default)
+        return self.layers.get(name, self.default if kind == "Linear" else None)
 
 
 def checkpoint_name(module: str) -> str:
@@ -83,7 +86,7 @@ def checkpoint_name(module: str) -> str:
 
 def config_json_form(hf_quant_config: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of hf_quant_config.json as ModelOpt puts them into config.json under ``quantization_config``."""
-    facts = hf_quant_config.get("quantization", hf_quant_config)
+    facts = _facts(hf_quant_config)
     groups: dict[str | None, list[str]] = {}
     for name, entry in (facts.get("quantized_layers") or {}).items():
         groups.setdefault(entry.get("quant_algo"), []).append(name)
@@ -91,7 +94,7 @@ def config_json_form(hf_quant_config: Mapping[str, Any]) -> dict[str, Any]:
         groups = {facts.get("quant_algo"): ["Linear"]}
     form = {
         "config_groups": {f"group_{i}": _group(algo, names) for i, (algo, names) in enumerate(groups.items())},
-        "ignore": list(facts.get("exclude_modules") or ()),
+        "ignore": list(_names(facts)),
         "producer": hf_quant_config.get("producer"),
         "quant_method": "modelopt",
     }
@@ -108,31 +111,84 @@ def _group(algo: str | None, targets: list[str]) -> dict[str, Any]:
     return group if algo == W4A16_NVFP4 else {"input_activations": weights} | group
 
 
-def _layers(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(content: Any) -> Mapping[str, Any]:
+    """The level of ``content`` that has the facts, checked to be of the form that the rest relies on."""
+    facts = content.get("quantization", content) if isinstance(content, Mapping) else content
+    if not isinstance(facts, Mapping):
+        _refuse_form("the quantization config", facts, "a JSON object")
+    if "quant_algo" not in facts and not facts.get("config_groups"):
+        raise CheckpointError(
+            "the quantization config does not say how the checkpoint is quantized",
+            seen=f"keys {sorted(map(str, facts))}",
+            expected="quant_algo, as ModelOpt writes it",
+            do="download config.json or hf_quant_config.json of the release again",
+        )
+    for name in ("quantized_layers", "config_groups"):
+        entries = facts.get(name)
+        if entries is not None and not (
+            isinstance(entries, Mapping) and all(isinstance(entry, Mapping) for entry in entries.values())
+        ):
+            _refuse_form(name, entries, "an object of objects")
+    return facts
+
+
+def _names(facts: Mapping[str, Any]) -> list[str]:
+    """The names and patterns of layers that are not quantized."""
+    names = facts.get("exclude_modules") or facts.get("ignore") or []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        _refuse_form("exclude_modules (ignore)", names, "a list of module names")
+    return list(names)
+
+
+def _refuse_form(what: str, seen: Any, expected: str) -> None:
+    raise CheckpointError(
+        f"{what} has a form that ModelOpt does not write",
+        seen=repr(seen)[:200],
+        expected=expected,
+        do="download config.json or hf_quant_config.json of the release again",
+    )
+
+
+def _groups(facts: Mapping[str, Any]) -> list[tuple[str, int | None, list[str]]]:
+    """``(quant_algo, group size, targets)`` of each config group, its algo told by the numbers of bits."""
+    found = []
+    for name, group in (facts.get("config_groups") or {}).items():
+        weights, targets = group.get("weights"), group.get("targets", [])
+        if not isinstance(weights, Mapping) or not isinstance(targets, list):
+            _refuse_form(f"config_groups.{name}", group, "an object with weights and a list of targets")
+        bits, kind, group_size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+        algo = f"{bits} bits {kind}"
+        if (bits, kind) == (8, "float"):
+            algo, group_size = FP8, None
+        elif (bits, kind) == (4, "float"):
+            algo = NVFP4 if group.get("input_activations") else W4A16_NVFP4
+        found.append((algo, group_size, targets))
+    return found
+
+
+def _is_module(target: str) -> bool:
+    """Whether a group's target names one module; the others are class names, which mean the whole model."""
+    return "." in target or target == "lm_head"
+
+
+def _algo_of_classes(groups: list[tuple[str, int | None, list[str]]]) -> str:
+    """Without a quant_algo: what the group of all linear layers says, else each layer for itself."""
+    return next((algo for algo, _, targets in groups if "Linear" in targets), _MIXED)
+
+
+def _layers(facts: Mapping[str, Any], groups: list[tuple[str, int | None, list[str]]]) -> Iterator[tuple[str, str]]:
     """``(module, quant_algo)`` of every layer that is named one by one, each checked."""
     entries = facts.get("quantized_layers")
     if entries is None:
-        for group in (facts.get("config_groups") or {}).values():
-            algo, group_size = _algo_of_group(group)
-            for target in group.get("targets", ()):
-                if "." in target or target == "lm_head":  # the rest are class names, which mean the whole model
-                    _check_algo(target, algo, group_size)
-                    yield target, algo
-        return
+        entries = {
+            target: {"quant_algo": algo, "group_size": group_size}
+            for algo, group_size, targets in groups
+            for target in targets
+            if _is_module(target)
+        }
     for name, entry in entries.items():
         _check_algo(name, entry.get("quant_algo"), entry.get("group_size"))
-        yield name, entry["quant_algo"]
-
-
-def _algo_of_group(group: Mapping[str, Any]) -> tuple[str, int | None]:
-    """The quant_algo that a config group describes by its numbers of bits, and its group size."""
-    weights = group.get("weights") or {}
-    bits, kind, group_size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
-    if (bits, kind) == (8, "float"):
-        return FP8, group_size
-    if (bits, kind) == (4, "float"):
-        return (NVFP4 if group.get("input_activations") else W4A16_NVFP4), group_size
-    return f"{bits} bits {kind}", group_size
+        yield checkpoint_name(name), entry["quant_algo"]
 
 
 def _check_algo(what: str, algo: str | None, group_size: int | None) -> None:

@@ -15,6 +15,8 @@ from transformers.utils import cached_file
 from fp4pass.errors import CheckpointError, VersionError
 
 from .config import QuantConfig, config_json_form
+from .fp8 import set_fp8_mode
+from .packed import PackedModule
 from .quantizer import METHOD, register
 from .replace import replace_quantized
 
@@ -23,13 +25,14 @@ logger = logging.getLogger("fp4pass.checkpoint")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(path: str | Path, *, fp8: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model whose NVFP4 weights stay packed, from a folder or a hub repository.
 
     Takes the arguments of ``AutoModelForCausalLM.from_pretrained`` and does the same; it also reads
     hf_quant_config.json where config.json has no quantization_config. The model class is always the one in
     transformers: ``trust_remote_code`` is ignored, with a warning. No parameter takes gradients; set requires_grad
-    where you want them.
+    where you want them. ``fp8`` says how FP8 layers multiply: ``"w8a16"``, ``"w8a8"``, or None for what suits the GPU
+    (see ``FP8Linear``).
 
     Raises CheckpointError for a checkpoint whose files, config or tensors are not what they should be, and VersionError
     if another package has taken ``quant_method: modelopt``.
@@ -44,7 +47,10 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if kwargs.pop("trust_remote_code", False):
         logger.warning("trust_remote_code is ignored: fp4pass uses the model class of transformers")
     kwargs["config"] = _config(path, kwargs)
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
+    if fp8 is not None:
+        set_fp8_mode(model, fp8)
+    return model
 
 
 def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -60,6 +66,9 @@ def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(bare, dtype=kwargs.get("dtype") or config.dtype)
     replace_quantized(model, precision, headers={})
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.settle()
     return model.eval()
 
 

@@ -6,6 +6,7 @@ compiler pass sees and replaces. Outside tracing it calls fp4pass's op, which ne
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -20,17 +21,27 @@ from fp4pass.lowering import (
     reference,
 )
 
-from .packed import PackedModule
+from .packed import PackedModule, Parts, Scalar
 
 _TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
+
+MODELOPT = Parts("weight", "weight_scale", "weight_scale_2", "input_scale")
+"""How ModelOpt calls the tensors of an NVFP4 matrix."""
+
+
+def stacked(parts: Parts, projection: str) -> Parts:
+    """Names of the parameters that hold ``projection`` of all experts: ``up_proj``, ``up_proj_scale`` and so on."""
+    rest = (f"{projection}_{name.removeprefix('weight_')}" for name in astuple(parts)[1:4])
+    return Parts(projection, *rest, divides=parts.divides)
 
 
 class NVFP4Linear(PackedModule):
     """``x [..., K] -> x @ weight.T + bias [..., N]`` with an NVFP4 weight.
 
-    Parameters, none of which takes gradients: ``weight`` uint8 [N, K/2], ``weight_scale`` float8_e4m3fn [N, K/16],
-    ``weight_scale_2`` float32 [] (or [1]), ``input_scale`` float32 if the checkpoint has one (kept for saving, never
-    used), and ``bias`` [N] in the model's dtype, if any. Raises CheckpointError if N or K is no multiple of 16.
+    Parameters, none of which takes gradients, as ``parts`` names them: ``weight`` uint8 [N, K/2], ``weight_scale``
+    float8_e4m3fn [N, K/16], ``weight_scale_2`` [] or [1], ``input_scale`` if the checkpoint has one (kept for saving,
+    never used), ``pre_quant_scale`` [K] if the layer has one (it multiplies x), and ``bias`` [N] in the model's dtype,
+    if any. Raises CheckpointError if N or K is no multiple of 16.
     """
 
     def __init__(
@@ -39,30 +50,35 @@ class NVFP4Linear(PackedModule):
         out_features: int,
         *,
         bias: torch.dtype | None = None,
-        input_scale: bool = False,
-        global_shape: tuple[int, ...] = (),
+        parts: Parts = MODELOPT,
+        global_scale: Scalar = Scalar(),  # noqa: B008  (immutable)
+        input_scale: Scalar | None = None,
+        pre_quant_scale: torch.dtype | None = None,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self._add_matrix(
-            "weight",
-            (out_features, in_features),
-            global_shape=global_shape,
-            input_scale="input_scale" if input_scale else None,
-            device=device,
-        )
+        self.in_features, self.out_features, self._weight = in_features, out_features, parts.codes
+        shape = (out_features, in_features)
+        self._add_matrix(parts, shape, global_scale=global_scale, input_scale=input_scale, device=device)
+        if pre_quant_scale is None:
+            self.pre_quant_scale = None
+        else:
+            self._add("pre_quant_scale", torch.empty(in_features, dtype=pre_quant_scale, device=device))
         self.bias = None if bias is None else nn.Parameter(torch.empty(out_features, dtype=bias, device=device), False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product, in x's dtype (bfloat16, float16 or float32)."""
+        x = self._prescaled(x)
         if torch.compiler.is_compiling():
-            return functional.linear(x, self.dense("weight", x.dtype), self.bias)
-        return torch.ops.fp4pass.linear(x, *self.operands("weight"), self.bias, self.layout)
+            return functional.linear(x, self.dense(self._weight, x.dtype), self.bias)
+        return torch.ops.fp4pass.linear(x, *self.operands(self._weight), self.bias, self.layout)
 
     def reference_forward(self, x: torch.Tensor) -> torch.Tensor:
         """The same in plain PyTorch on any device, decoding at most 256 MB at a time."""
-        return reference.linear(x, *self.operands("weight"), self.bias, self.layout)
+        return reference.linear(self._prescaled(x), *self.operands(self._weight), self.bias, self.layout)
+
+    def _prescaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.pre_quant_scale is None else (x * self.pre_quant_scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
@@ -72,9 +88,9 @@ class NVFP4Experts(PackedModule):
     """Routed experts without gate: ``down_proj(act(up_proj(x)))`` of the chosen ones, weighted and summed.
 
     Parameters, none of which takes gradients, for ``p`` in up_proj [I, H] and down_proj [H, I] of each of E experts:
-    ``p`` uint8 [E, N, K/2], ``p_scale`` float8_e4m3fn [E, N, K/16], ``p_scale_2`` float32 [E], and ``p_input_scale``
-    float32 [E] if the checkpoint has one. Raises CheckpointError for widths that are no multiple of 16 and for an
-    activation that has no kernel.
+    ``p`` uint8 [E, N, K/2], ``p_scale`` float8_e4m3fn [E, N, K/16], ``p_scale_2`` [E] or [E, 1], and
+    ``p_input_scale`` likewise if the checkpoint has one (``stacked`` names them). Raises CheckpointError for widths
+    that are no multiple of 16 and for an activation that has no kernel.
     """
 
     # What transformers' experts functions ask of the module that they serve.
@@ -87,7 +103,9 @@ class NVFP4Experts(PackedModule):
         hidden: int,
         intermediate: int,
         *,
-        input_scale: bool = False,
+        parts: Parts = MODELOPT,
+        global_scale: Scalar = Scalar(),  # noqa: B008  (immutable)
+        input_scale: Scalar | None = None,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
@@ -101,10 +119,11 @@ class NVFP4Experts(PackedModule):
         self.config = config
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
         self.act_fn = ACT2FN[config.mlp_hidden_act]
+        self.parts = parts
         shapes = {"up_proj": (num_experts, intermediate, hidden), "down_proj": (num_experts, hidden, intermediate)}
         for name, shape in shapes.items():
-            scale_name = f"{name}_input_scale" if input_scale else None
-            self._add_matrix(name, shape, global_shape=(num_experts,), input_scale=scale_name, device=device)
+            names = stacked(parts, name)
+            self._add_matrix(names, shape, global_scale=global_scale, input_scale=input_scale, device=device)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

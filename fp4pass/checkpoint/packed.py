@@ -1,12 +1,15 @@
-"""What a module with NVFP4 parameters must do: keep them packed, and own the layout of its codes.
+"""What a module with packed parameters must do: keep them packed, keep their bytes, and own the layout of its codes.
 
-The layout is chosen where the weights live: when they are loaded onto a device and when they move to another, never by
-a compile and never by a change of dtype. ``state_dict`` and ``load_state_dict`` speak the checkpoint's layout.
+A parameter has the checkpoint's dtype on disk and in a state dict. In memory it may be held in another one that is
+better to compute from: the same bits under another name, or a number in a wider dtype. The layout of NVFP4 codes is
+chosen where the weights live: when they are loaded onto a device and when they move to another, never by a compile and
+never by a change of dtype. ``state_dict`` and ``load_state_dict`` speak the checkpoint's dtypes and layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +22,30 @@ from fp4pass.lowering.layout import PLAIN, check_layout, layout_for, repack_
 BLOCK = reference.GROUP
 
 
-class PackedModule(nn.Module):
-    """Base of the modules that hold NVFP4 matrices as parameters; see ``_add_matrix`` for their names and shapes.
+@dataclass(frozen=True)
+class Scalar:
+    """How a checkpoint stores one number: ``shape`` [] or [1], float32 or bfloat16."""
 
-    ``layout`` is the order of the codes in memory (a name from ``fp4pass.lowering.layout``).
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of an NVFP4 matrix's parameters. ``divides``: the weight is code x scale / global scale."""
+
+    codes: str
+    scale: str
+    global_scale: str
+    input_scale: str
+    divides: bool = False
+
+
+class PackedModule(nn.Module):
+    """Base of the modules that hold packed matrices as parameters.
+
+    ``layout`` is the order of NVFP4 codes in memory (a name from ``fp4pass.lowering.layout``). ``divides`` says that
+    the weight is code x scale / global scale.
     """
 
     layout: str
@@ -30,46 +53,66 @@ class PackedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layout = PLAIN
-        self._matrices: dict[str, tuple[str, ...]] = {}
+        self._matrices: dict[str, tuple[str, str, str]] = {}
+        self.divides = False
+        self._stored: dict[str, torch.dtype] = {}
+        self._held: dict[str, torch.dtype] = {}
+
+    def _add(self, name: str, tensor: torch.Tensor, held: torch.dtype | None = None) -> None:
+        """Register a parameter in the dtype that the checkpoint has; ``settle`` turns it into ``held``."""
+        # Parameters rather than buffers: the loader of transformers sees only parameters.
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._stored[name] = tensor.dtype
+        if held is not None:
+            self._held[name] = held
 
     def _add_matrix(
         self,
-        name: str,
+        parts: Parts,
         shape: tuple[int, ...],
         *,
-        global_shape: tuple[int, ...],
-        input_scale: str | None,
+        global_scale: Scalar,
+        input_scale: Scalar | None,
         device: torch.device | str,
     ) -> None:
-        """Register the parameters of the NVFP4 matrix ``name`` of logical ``shape`` [..., N, K].
+        """Register the parameters of an NVFP4 matrix of logical ``shape`` [..., N, K], named by its codes.
 
-        ``name`` uint8 [..., N, K/2], ``name_scale`` float8_e4m3fn [..., N, K/16], ``name_scale_2`` float32
-        ``global_shape``, and ``input_scale`` (its whole name, or None) float32 of one number a matrix.
+        codes uint8 [..., N, K/2], scale float8_e4m3fn [..., N, K/16], global scale and input scale (if any) of one
+        number a matrix.
         """
         *outer, n, k = shape
         if n % BLOCK or k % BLOCK:
             raise CheckpointError(
-                f"{name} has a shape that fp4pass does not compute in NVFP4",
+                f"{parts.codes} has a shape that fp4pass does not compute in NVFP4",
                 seen=f"N={n}, K={k}",
                 expected=f"multiples of {BLOCK}",
                 do="exclude this layer from quantization when exporting the checkpoint",
             )
-        parts = {
-            name: torch.empty(*outer, n, k // 2, dtype=torch.uint8, device=device),
-            f"{name}_scale": torch.empty(*outer, n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device),
-            f"{name}_scale_2": torch.empty(global_shape, dtype=torch.float32, device=device),
-        }
+        self._add(parts.codes, torch.empty(*outer, n, k // 2, dtype=torch.uint8, device=device))
+        self._add(parts.scale, torch.empty(*outer, n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device))
+        self._add_scalar(parts.global_scale, global_scale, device, outer, torch.float32)
         if input_scale is not None:
-            parts[input_scale] = torch.empty(global_shape, dtype=torch.float32, device=device)
-        for part, tensor in parts.items():
-            # Parameters rather than buffers: the loader of transformers sees only parameters.
-            self.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
-        self._matrices[name] = tuple(parts)
+            self._add_scalar(parts.input_scale, input_scale, device, outer)
+        self._matrices[parts.codes] = (parts.codes, parts.scale, parts.global_scale)
+        self.divides = parts.divides
+
+    def _add_scalar(
+        self,
+        name: str,
+        scalar: Scalar,
+        device: torch.device | str,
+        outer: Sequence[int] = (),
+        held: torch.dtype | None = None,
+    ) -> None:
+        self._add(name, torch.empty((*outer, *scalar.shape), dtype=scalar.dtype, device=device), held)
 
     def operands(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(codes, scale bytes, global scale)`` of matrix ``name`` as fp4pass's ops take them, codes in ``layout``."""
-        scale = getattr(self, f"{name}_scale").view(torch.uint8)
-        return getattr(self, name), scale, getattr(self, f"{name}_scale_2")
+        _, scale_name, factor_name = self._matrices[name]
+        scale = getattr(self, scale_name).view(torch.uint8)
+        codes, factor = getattr(self, name), getattr(self, factor_name).float()
+        factor = factor.reciprocal() if self.divides else factor
+        return codes, scale, factor.flatten() if factor.dim() == 2 else factor
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Matrix ``name`` decoded to [..., N, K] in ``dtype``, rounded once (from float32, or float64 for float64)."""
@@ -77,25 +120,32 @@ class PackedModule(nn.Module):
         return reference.dequantize(*self.operands(name), wide, self.layout).to(dtype)
 
     def packed_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter of everything NVFP4 here: codes, scales, global scales, input scales."""
-        for parts in self._matrices.values():
-            for part in parts:
-                yield part, self._parameters[part]
+        """Name and parameter of everything whose bytes are the checkpoint's: codes, scales, input scales."""
+        for name in self._stored:
+            yield name, self._parameters[name]
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of the NVFP4 matrices, which are also the names of their codes."""
+        """Names of the packed matrices, which are also the names of their codes."""
         return tuple(self._matrices)
+
+    def names_of_matrices(self) -> Iterator[tuple[str, str, str]]:
+        """Names of the parameters of each NVFP4 matrix: codes, block scales, global scale."""
+        yield from self._matrices.values()
 
     @property
     def device(self) -> torch.device:
         """Where the codes are."""
-        return self._parameters[next(iter(self._matrices))].device
+        return self._parameters[next(iter(self._stored))].device
 
     @property
     def is_plain(self) -> bool:
         """Whether the codes lie in the checkpoint's own order."""
         return self.layout == PLAIN
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype of parameter ``name`` in the checkpoint; None for one that follows the model's dtype."""
+        return self._stored.get(name)
 
     def set_layout(self, layout: str) -> None:
         """Reorder the codes to ``layout`` in place; at most 256 MB beside them."""
@@ -105,7 +155,10 @@ class PackedModule(nn.Module):
         self.layout = layout
 
     def settle(self) -> None:
-        """Take the layout that belongs to the device on which the weights have arrived."""
+        """Take the dtypes to compute from, and the layout that belongs to the device that the weights arrived on."""
+        for name, dtype in self._held.items():
+            parameter = self._parameters[name]
+            parameter.data = recast(parameter.data, dtype)
         self.set_layout(layout_for(self.device))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
@@ -126,6 +179,8 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._held:
+            destination[prefix + name] = recast(destination[prefix + name], self._stored[name])
         for name in self._matrices:
             destination[prefix + name] = _reordered(destination[prefix + name], self.layout, PLAIN)
 
@@ -140,12 +195,17 @@ class PackedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         arriving = dict(state_dict)
-        for part, parameter in self.packed_parameters():
-            tensor = arriving.get(prefix + part)
-            if tensor is not None and tensor.dtype != parameter.dtype:
+        for name, parameter in self.packed_parameters():
+            tensor = arriving.get(prefix + name)
+            if tensor is None:
+                continue
+            stored = self._stored[name]
+            if tensor.dtype not in (stored, parameter.dtype):
                 # copy_ would convert silently, and a weight rounded to uint8 is lost.
-                error_msgs.append(f"{prefix}{part} is {tensor.dtype}, the packed parameter is {parameter.dtype}.")
+                error_msgs.append(f"{prefix}{name} is {tensor.dtype}, the packed parameter is {stored}.")
                 return
+            if tensor.shape == recast(parameter.data, tensor.dtype).shape:
+                arriving[prefix + name] = recast(tensor, parameter.dtype)
         if local_metadata.get("assign_to_params_buffers"):
             arrived = [arriving[prefix + name] for name in self._matrices if prefix + name in arriving]
             if arrived and arrived[0].device != self.device:
@@ -157,6 +217,14 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(
             arriving, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def recast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` in ``dtype``: the same number between wide floats, else the same bits (along the last dimension)."""
+    if tensor.dtype == dtype:
+        return tensor
+    numbers = all(each.is_floating_point and each.itemsize > 1 for each in (tensor.dtype, dtype))
+    return tensor.to(dtype) if numbers else tensor.view(dtype)
 
 
 def _reordered(codes: torch.Tensor, source: str, target: str) -> torch.Tensor:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -27,15 +30,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fp4pass.errors import CheckpointError, DeviceError
 
 from .config import QuantConfig, checkpoint_name
-from .packed import PackedModule
+from .fp8 import FP8Linear
+from .modules import MODELOPT, stacked
+from .packed import PackedModule, Parts
 from .replace import replace_quantized
-from .validate import DROPPED, Header, check_headers, check_values, dropped, read_headers
+from .validate import KV_CACHE, MTP, Header, check_headers, read_headers
+from .values import check_values
 
 METHOD = "modelopt"
 logger = logging.getLogger("fp4pass.checkpoint")
 
-# Parts of an expert's matrix: how the file calls each, and what is appended to the stacked parameter's name.
-_EXPERT_PARTS = {"weight": "", "weight_scale": "_scale", "weight_scale_2": "_scale_2", "input_scale": "_input_scale"}
+_PROJECTIONS = ("up_proj", "down_proj")
 
 
 class ModelOptConfig(QuantizationConfigMixin):
@@ -49,12 +54,16 @@ class ModelOptConfig(QuantizationConfigMixin):
 class ModelOptQuantizer(HfQuantizer):
     """Loads ModelOpt's NVFP4 checkpoints packed. ``dropped`` names the tensors that were knowingly not loaded."""
 
+    parts: Parts = MODELOPT
+
     def __init__(self, quantization_config: ModelOptConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # A config that is passed as an argument describes the files no less than one that stands in config.json.
         self.pre_quantized = True
         self.precision = QuantConfig.from_dict(quantization_config.to_dict())
         self.dropped: tuple[str, ...] = ()
+        self._headers: dict[str, Header] = {}
+        self._prefix = ""
         self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -83,17 +92,29 @@ class ModelOptQuantizer(HfQuantizer):
         source = model.config.name_or_path
         headers = read_headers(checkpoint_files, source if source and os.path.isdir(source) else None)
         prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
-        replace_quantized(model, self.precision, headers, prefix)
+        replace_quantized(model, self.precision, headers, prefix, self.parts)
         check_headers(model, headers, prefix)
-        self.dropped = dropped(headers)
-        if self.dropped:
-            logger.info("%d tensors are not loaded: %s", len(self.dropped), _shortened(self.dropped))
-            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), DROPPED}
+        self._drop(model, headers)
         _keep_routers_in_float32(model, headers, prefix)
+        self._headers, self._prefix = headers, prefix
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
+    def _drop(self, model: nn.Module, headers: Mapping[str, Header]) -> None:
+        """Leave out, and name, what is of no use here."""
+        reasons = {
+            KV_CACHE: "scales of an FP8 KV cache (the cache is in the model's dtype)",
+            MTP: "of multi-token prediction (the model class has no such layers)",
+        }
+        for pattern, what in reasons.items():
+            names = tuple(name for name in headers if re.search(pattern, name))
+            if names:
+                logger.info("%d tensors are not loaded, %s: %s", len(names), what, _shortened(names))
+                ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
+                model._keys_to_ignore_on_load_unexpected = ignored
+            self.dropped += names
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        check_values(model)
+        check_values(model, self._headers, self._prefix)
         for name, parameter in model.named_parameters():
             # Some versions of the loader leave tensors of a renamed module in the dtype of the file.
             if parameter.dtype != self._dtypes[name]:
@@ -104,17 +125,19 @@ class ModelOptQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PackedModule):
                 module.settle()
+        _log_fp8(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
         """Stack each part of the experts' matrices along a new first dimension; replaces the model's own stacking."""
-        own = [
-            _stacking(projection, part, suffix)
-            for projection in ("up_proj", "down_proj")
-            for part, suffix in _EXPERT_PARTS.items()
-        ]
-        stacked = {f"mixer.experts.{projection}" for projection in ("up_proj", "down_proj")}
-        return [*(entry for entry in weight_conversions if not stacked & set(entry.target_patterns)), *own]
+        own = [_stacking(projection, *names) for projection in _PROJECTIONS for names in self._expert_parts(projection)]
+        stacks = {f"mixer.experts.{projection}" for projection in _PROJECTIONS}
+        return [*(entry for entry in weight_conversions if not stacks & set(entry.target_patterns)), *own]
+
+    def _expert_parts(self, projection: str) -> Iterator[tuple[str, str]]:
+        """``(name in the file, name of the stacked parameter)`` of an expert's matrix; BF16 experts have ``weight``."""
+        names = dict(zip(astuple(self.parts)[:4], astuple(stacked(self.parts, projection))[:4], strict=True))
+        yield from ({"weight": projection} | names).items()
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """The state dict to save. Reordered codes go to host memory one module at a time, never twice on the device."""
@@ -152,10 +175,44 @@ def _keep_routers_in_float32(model: nn.Module, headers: Mapping[str, Header], pr
             module.weight = nn.Parameter(module.weight.float())
 
 
-def _stacking(projection: str, part: str, suffix: str) -> WeightConverter:
+class _Stack(MergeModulelist):
+    """Stacks like its base, and is undone by ``_Unstack``."""
+
+    @property
+    def reverse_op(self) -> SplitModulelist:
+        return _Unstack(self.dim)
+
+
+class _Unstack(SplitModulelist):
+    """Takes away the stacked dimension alone; its base, in some versions, drops every other of size 1 as well."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, torch.Tensor], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """``{name of the stack: tensor}`` -> ``{name of each expert's tensor: that}``."""
+        found: dict[str, torch.Tensor] = {}
+        for name, tensors in input_dict.items():
+            stack = tensors[0] if isinstance(tensors, list) else tensors
+            targets = self.get_target_patterns(input_dict, name, target_patterns, stack.size(self.dim))
+            found |= dict(zip(targets, stack.unbind(self.dim), strict=True))
+        return found
+
+    @property
+    def reverse_op(self) -> MergeModulelist:
+        return _Stack(self.dim)
+
+
+def _stacking(projection: str, part: str, parameter: str) -> WeightConverter:
     # One name is the beginning of another; the lookaheads hold them apart and are dropped where a pattern is a target.
     source = f"mixer.experts.*.{projection}.{part}(?!_)"
-    return WeightConverter(source, f"mixer.experts.{projection}{suffix}(?!_)", operations=[MergeModulelist(dim=0)])
+    return WeightConverter(source, f"mixer.experts.{parameter}(?!_)", operations=[_Stack(dim=0)])
+
+
+def _log_fp8(model: nn.Module) -> None:
+    modes = Counter(module.mode for module in model.modules() if isinstance(module, FP8Linear))
+    if modes:
+        logger.info("FP8 layers: %s", ", ".join(f"{count} as {mode}" for mode, count in modes.items()))
 
 
 def _shortened(names: tuple[str, ...], limit: int = 3) -> str:

@@ -1,7 +1,6 @@
 """Is what lies on disk what the quantization config and the model say? Asked before any weight is read.
 
-Only the headers of the safetensors files are read here; what needs the numbers themselves (NaN scales, impossible
-global scales) is asked once they have arrived on their device.
+Only the headers of the safetensors files are read here; what needs the numbers themselves is in ``values.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -19,19 +18,23 @@ from torch import nn
 from fp4pass.errors import CheckpointError
 
 from .config import checkpoint_name
-from .modules import NVFP4Experts, NVFP4Linear
+from .fp8 import FP8Linear
+from .modules import MODELOPT, NVFP4Experts, stacked
 from .packed import PackedModule
 
-_SPELLING = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
+_SPELLING = {
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 _DENSE = ("BF16", "F16", "F32", "F64")
 
-DROPPED = r"(k_proj\.k_scale|v_proj\.v_scale)$"
+KV_CACHE = r"(k_proj\.k_scale|v_proj\.v_scale)$"
 """Scales of an FP8 KV cache: caches are BF16 here, so that these tensors are not loaded."""
-_MTP = r"^mtp\."
-
-# The largest weight is at most 6 * 448 * global scale; a trained layer's stays far below this bound, an inverted
-# global scale (as compressed-tensors stores it, under another name) lies far above it.
-_LARGEST_GLOBAL_SCALE = 1.0
+MTP = r"^mtp\."
+"""The multi-token-prediction layers, which the model class of transformers does not have."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +45,50 @@ class Header:
     shape: tuple[int, ...]
     file: str
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} in {self.file}"
+
 
 def read_headers(files: Iterable[str | os.PathLike], folder: str | os.PathLike | None = None) -> dict[str, Header]:
     """Headers of every tensor in ``files``, under the checkpoint's names (``backbone.*``).
 
     Raises CheckpointError for a file that is missing, unreadable, not safetensors, or (if ``folder`` is given) outside
-    of ``folder``.
+    of ``folder``, and for a tensor that is there twice.
     """
     headers: dict[str, Header] = {}
     for path in map(Path, files):
-        _check_place(path, folder)
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    part = opened.get_slice(name)
-                    headers[checkpoint_name(name)] = Header(part.get_dtype(), tuple(part.get_shape()), path.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path.name} cannot be read as safetensors",
-                seen=str(error),
-                expected="a complete safetensors file",
-                do="download this file again",
-            ) from error
+        check_place(path, folder)
+        for name, header in _headers_of(path).items():
+            if name in headers:
+                raise CheckpointError(
+                    f"tensor {name} is there twice",
+                    seen=f"one in {headers[name].file}, one in {path.name}",
+                    expected="every tensor once",
+                    do="download the checkpoint again, into an empty folder",
+                )
+            headers[name] = header
     return headers
 
 
-def _check_place(path: Path, folder: str | os.PathLike | None) -> None:
+def _headers_of(path: Path) -> dict[str, Header]:
+    headers = {}
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                part = opened.get_slice(name)
+                headers[checkpoint_name(name)] = Header(part.get_dtype(), tuple(part.get_shape()), path.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read as safetensors",
+            seen=str(error),
+            expected="a complete safetensors file",
+            do="download this file again",
+        ) from error
+    return headers
+
+
+def check_place(path: Path, folder: str | os.PathLike | None) -> None:
+    """Raise CheckpointError if ``path`` is not there, or lies outside of ``folder`` (if that is given)."""
     # Compared as written: files of the hub's cache are links to a place outside of the snapshot.
     outside = folder is not None and not os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
     if outside:
@@ -77,7 +98,7 @@ def _check_place(path: Path, folder: str | os.PathLike | None) -> None:
             expected=f"files in {folder}",
             do="do not load this checkpoint unless you know who wrote the index",
         )
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(
             f"a shard of the checkpoint is missing: {path.name}",
             seen=f"no file {path}",
@@ -106,16 +127,11 @@ def check_headers(model: nn.Module, headers: Mapping[str, Header], prefix: str =
         if not right_dtype or header.shape != want.shape:
             raise CheckpointError(
                 f"tensor {want.name} is not what the quantization config says",
-                seen=f"{header.dtype} {list(header.shape)} in {header.file}",
+                seen=str(header),
                 expected=want.described(),
                 do="check that config files and weights come from the same release",
             )
     _refuse_extras(model, headers, {want.name for want in wanted}, prefix)
-
-
-def dropped(headers: Mapping[str, Header]) -> tuple[str, ...]:
-    """Names of the tensors that are knowingly not loaded: KV-cache scales and the multi-token-prediction layers."""
-    return tuple(name for name in headers if re.search(f"{DROPPED}|{_MTP}", name))
 
 
 @dataclass(frozen=True)
@@ -125,10 +141,11 @@ class _Want:
     name: str
     dtype: str | None
     shape: tuple[int, ...]
+    precision: str
 
     def described(self) -> str:
-        reason = "not quantized" if self.dtype is None else "NVFP4"
-        return f"{self.dtype or 'BF16, F16 or F32'} {list(self.shape)}: the config says that this layer is {reason}"
+        dtype = self.dtype or "BF16, F16 or F32"
+        return f"{dtype} {list(self.shape)}: the config says that this layer is {self.precision}"
 
 
 def _wanted(model: nn.Module, prefix: str) -> Iterator[_Want]:
@@ -138,23 +155,28 @@ def _wanted(model: nn.Module, prefix: str) -> Iterator[_Want]:
             continue
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)
-        packed = isinstance(module, PackedModule) and name in dict(module.packed_parameters())
-        for stored, shape in _stored(module, checkpoint_name(prefix + owner), name, tuple(tensor.shape)):
-            yield _Want(stored, _SPELLING[tensor.dtype] if packed else None, shape)
+        precision, dtype = "not quantized", None
+        if isinstance(module, PackedModule) and module.stored_dtype(name) is not None:
+            precision, dtype = "FP8" if isinstance(module, FP8Linear) else "NVFP4", _SPELLING[tensor.dtype]
+        stored, shape = stored_names(module, checkpoint_name(prefix + owner), name), tuple(tensor.shape)
+        for file_name in stored:
+            yield _Want(file_name, dtype, shape[1:] if is_experts(module) else shape, precision)
 
 
-def _stored(
-    module: nn.Module, file_name: str, parameter: str, shape: tuple[int, ...]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes under which a parameter lies on disk: experts one by one, everything else as it is."""
-    matrix = re.match(r"(up_proj|down_proj)(?:_(.+))?$", parameter)
-    if not is_experts(module) or matrix is None:
-        yield f"{file_name}.{parameter}", shape
-        return
-    projection, rest = matrix.groups()
-    tail = rest if rest == "input_scale" else "weight" if rest is None else f"weight_{rest}"
-    for expert in range(shape[0]):
-        yield f"{file_name}.{expert}.{projection}.{tail}", shape[1:]
+def stored_names(module: nn.Module, file_name: str, parameter: str) -> list[str]:
+    """The names under which ``parameter`` of ``module`` lies on disk: experts one by one, everything else as it is.
+
+    ``file_name`` is how the checkpoint calls the module.
+    """
+    if not is_experts(module):
+        return [f"{file_name}.{parameter}"]
+    parts = module.parts if isinstance(module, NVFP4Experts) else MODELOPT
+    for projection in ("up_proj", "down_proj"):
+        for part, own in zip(astuple(parts)[:4], astuple(stacked(parts, projection))[:4], strict=True):
+            if parameter == own:
+                tail = part if isinstance(module, NVFP4Experts) else "weight"
+                return [f"{file_name}.{expert}.{projection}.{tail}" for expert in range(module.num_experts)]
+    return [f"{file_name}.{parameter}"]
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -163,57 +185,20 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _refuse_extras(model: nn.Module, headers: Mapping[str, Header], known: set[str], prefix: str) -> None:
-    """Refuse tensors of linear layers that would change their meaning (``pre_quant_scale``, say)."""
-    linears = (NVFP4Linear, nn.Linear)
-    owners = {checkpoint_name(prefix + name) for name, module in model.named_modules() if isinstance(module, linears)}
-    for name in headers:
-        if name in known or re.search(DROPPED, name) or name.rpartition(".")[0] not in owners:
+    """Refuse tensors of linear layers that would change their meaning (``pre_quant_scale`` without AWQ, say)."""
+    owners = set()
+    for name, module in model.named_modules():
+        if is_experts(module):
+            experts = range(module.num_experts)
+            owners |= {checkpoint_name(f"{prefix}{name}.{e}.{p}") for e in experts for p in ("up_proj", "down_proj")}
+        elif isinstance(module, (PackedModule, nn.Linear, nn.Embedding)):
+            owners.add(checkpoint_name(prefix + name))
+    for name, header in headers.items():
+        if name in known or re.search(KV_CACHE, name) or name.rpartition(".")[0] not in owners:
             continue
         raise CheckpointError(
             f"tensor {name} has no place in its layer",
-            seen=f"{headers[name].dtype} {list(headers[name].shape)} in {headers[name].file}",
-            expected="weight, weight_scale, weight_scale_2, input_scale and bias for NVFP4, weight and bias for BF16",
+            seen=str(header),
+            expected="what the layer's precision has: weight, its scales and bias; pre_quant_scale with NVFP4_AWQ",
             do="check that config files and weights come from the same release; other recipes are not computed",
         )
-
-
-@torch.no_grad()
-def check_values(model: nn.Module) -> None:
-    """After loading: no NaN among the block scales, every global scale finite, positive and of a possible size.
-
-    Raises CheckpointError for the first layer that fails. Waits for each device once.
-    """
-    verdicts: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedModule) and module.device.type != "meta":
-            for matrix in module.matrices:
-                _, scale, global_scale = module.operands(matrix)
-                nan = ((scale & 0x7F) == 0x7F).any()
-                bad = ~((global_scale > 0) & (global_scale <= _LARGEST_GLOBAL_SCALE)).all()
-                verdicts.setdefault(module.device, []).append((f"{name}.{matrix}", torch.stack((nan, bad))))
-    for found in verdicts.values():
-        flags = torch.stack([flag for _, flag in found]).tolist()
-        for (name, _), (nan, bad) in zip(found, flags, strict=True):
-            if nan or bad:
-                _refuse_values(model, name, nan)
-
-
-def _refuse_values(model: nn.Module, name: str, nan: bool) -> None:
-    owner, _, matrix = name.rpartition(".")
-    _, scale, global_scale = model.get_submodule(owner).operands(matrix)
-    if nan:
-        count = int(((scale & 0x7F) == 0x7F).sum())
-        raise CheckpointError(
-            f"{name}: NaN among the block scales",
-            seen=f"{count} of {scale.numel()} scale bytes are 0x7F or 0xFF",
-            expected="finite E4M3 numbers",
-            do="download the checkpoint again; if it is your own export, look for overflow in calibration",
-        )
-    values = global_scale.reshape(-1)
-    wrong = values[~((values > 0) & (values <= _LARGEST_GLOBAL_SCALE))][0]
-    raise CheckpointError(
-        f"{name}: impossible global scale (weight_scale_2)",
-        seen=f"{float(wrong)}",
-        expected=f"above 0 and at most {_LARGEST_GLOBAL_SCALE}: amax / (6 * 448), and no trained weight reaches 2688",
-        do="if it is the reciprocal (as compressed-tensors stores it), invert it; else download the checkpoint again",
-    )

@@ -83,6 +83,35 @@ def test_config_groups_alone_say_the_same_as_quantized_layers():
     }
 
 
+def test_config_groups_without_a_quant_algo_say_it_by_their_bits():
+    bits = {"dynamic": False, "group_size": 16, "num_bits": 4, "type": "float"}
+    group = {"weights": bits, "targets": ["Linear"]}
+    assert QuantConfig.from_dict({"config_groups": {"group_0": group}}).algo("lm_head") == "W4A16_NVFP4"
+    activations = {"input_activations": bits}
+    assert QuantConfig.from_dict({"config_groups": {"group_0": group | activations}}).algo("lm_head") == "NVFP4"
+    with pytest.raises(CheckpointError, match="8 bits int is not computed"):
+        QuantConfig.from_dict(
+            {"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}, "targets": ["Linear"]}}}
+        )
+
+
+def test_names_in_the_spelling_of_transformers_are_understood():
+    content = {
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"model.layers.0.mixer.in_proj": {"quant_algo": "NVFP4_AWQ"}},
+    }
+    assert QuantConfig.from_dict(content).algo("model.layers.0.mixer.in_proj") == "NVFP4_AWQ"
+    config = QuantConfig.from_dict({"quant_algo": "NVFP4", "exclude_modules": ["model.layers.3.*"]})
+    assert config.algo("backbone.layers.3.mixer.in_proj") is None
+
+
+def test_only_linear_layers_take_the_precision_of_the_whole():
+    content = {"quant_algo": "NVFP4", "quantized_layers": {"model.embeddings": {"quant_algo": "W4A16_NVFP4"}}}
+    config = QuantConfig.from_dict(content)
+    assert config.algo("model.embeddings", "Embedding") == "W4A16_NVFP4"
+    assert config.algo("model.other", "Embedding") is None
+
+
 def test_wildcards_exclude():
     content = {"quant_algo": "NVFP4", "exclude_modules": ["mtp*", "backbone.layers.3.*", "*.q_proj"]}
     config = QuantConfig.from_dict(content)
@@ -102,7 +131,9 @@ def test_names_of_both_spellings_meet():
     assert checkpoint_name("lm_head.weight") == "lm_head.weight"
 
 
-@pytest.mark.parametrize("algo", ["NVFP4_AWQ", "NVFP4_SVD", "W4A8_NVFP4_FP8", "MXFP8", "NVFP5"])
+@pytest.mark.parametrize(
+    "algo", ["NVFP4_SVD", "W4A8_NVFP4_FP8", "MXFP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W8A16", "NVFP5"]
+)
 def test_algos_that_are_not_computed_are_refused_by_name(algo):
     with pytest.raises(CheckpointError, match=f"quant_algo {algo} is not computed"):
         QuantConfig.from_dict({"quant_algo": algo})
@@ -115,9 +146,22 @@ def test_algos_that_are_not_computed_are_refused_by_name(algo):
     ("content", "words"),
     [
         ({"quant_algo": "NVFP4", "group_size": 32}, "group size"),
+        (
+            {
+                "quant_algo": "NVFP4",
+                "config_groups": {
+                    "group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 32}, "targets": ["Linear"]}
+                },
+            },
+            "group size",
+        ),
         ({"quant_algo": "MIXED_PRECISION"}, "without a precision for any layer"),
         ({"quantization": {"kv_cache_quant_algo": "FP8"}}, "does not say how"),
-        ({"quantization": "NVFP4"}, "does not say how"),
+        ({"quantization": "NVFP4"}, "a form that ModelOpt does not write"),
+        (["NVFP4"], "a form that ModelOpt does not write"),
+        ({"quant_algo": "NVFP4", "ignore": "lm_head"}, "a list of module names"),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": ["lm_head"]}, "quantized_layers has a form"),
+        ({"config_groups": {"group_0": {"targets": ["Linear"]}}}, "group_0 has a form"),
     ],
 )
 def test_incomplete_configs_are_refused(content, words):

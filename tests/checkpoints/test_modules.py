@@ -10,6 +10,7 @@ import torch
 from fp4pass import nvfp4
 from fp4pass.checkpoint import packed
 from fp4pass.checkpoint.modules import NVFP4Experts, NVFP4Linear
+from fp4pass.checkpoint.packed import Scalar
 from fp4pass.errors import CheckpointError
 from fp4pass.lowering.layout import LAYOUTS
 
@@ -23,7 +24,7 @@ def same_numbers_and_no_earlier_graphs():
 
 
 def linear(k=80, n=48, bias=None, layout="plain"):
-    module = NVFP4Linear(k, n, bias=bias, input_scale=True, device="cpu")
+    module = NVFP4Linear(k, n, bias=bias, input_scale=Scalar(), device="cpu")
     module.weight.data, module.weight_scale.data, module.weight_scale_2.data = nvfp4.quantize(torch.randn(n, k))
     module.input_scale.data.fill_(0.5)
     if bias is not None:

@@ -1,0 +1,65 @@
+"""A table of embeddings in NVFP4: the rows that a text needs are decoded, the table never."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from fp4pass.lowering import reference
+from fp4pass.lowering.layout import PLAIN, check_layout
+
+from .modules import MODELOPT
+from .packed import PackedModule, Parts, Scalar
+
+
+class NVFP4Embedding(PackedModule):
+    """``ids [...] integer -> rows [..., D]`` of an NVFP4 table, in the model's dtype, rounded once.
+
+    Parameters as ``parts`` names them: ``weight`` uint8 [V, D/2] (held as 32-bit words), ``weight_scale``
+    float8_e4m3fn [V, D/16], ``weight_scale_2`` [] or [1], ``input_scale`` if the checkpoint has one (kept for saving,
+    never used). The codes keep the checkpoint's order on every device, since rows are read and no product is taken.
+    Raises CheckpointError if V or D is no multiple of 16.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype,
+        *,
+        padding_idx: int | None = None,
+        parts: Parts = MODELOPT,
+        global_scale: Scalar = Scalar(),  # noqa: B008  (immutable)
+        input_scale: Scalar | None = None,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self._weight = parts.codes
+        shape = (num_embeddings, embedding_dim)
+        self._add_matrix(parts, shape, global_scale=global_scale, input_scale=input_scale, device=device)
+        # Words, so that nobody who looks for a product's weight takes the table for one.
+        self._held[parts.codes] = torch.int32
+        # Follows the model through .to(dtype), as the weight of a dense table would.
+        self.register_buffer("_follower", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of ``ids``."""
+        codes, scale, factor = self.operands(self._weight)
+        codes = functional.embedding(ids, codes.view(torch.int32)).view(torch.uint8)
+        rows = reference.dequantize(codes, functional.embedding(ids, scale), factor)
+        return rows.to(self._follower.dtype)
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The whole table [V, D] in ``dtype``, rounded once from float32 (float64 for float64)."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        codes, scale, factor = self.operands(name)
+        return reference.dequantize(codes.view(torch.uint8), scale, factor, wide).to(dtype)
+
+    def set_layout(self, layout: str) -> None:
+        """The codes stay as they are, whatever ``layout`` the weights of products take."""
+        check_layout(layout, "NVFP4Embedding.set_layout")
+        self.layout = PLAIN
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
