@@ -44,7 +44,7 @@ def synthesize(
     shard_bytes: int = 1 << 30,
     **dimensions: int | None,
 ) -> Path:
-    """Write a checkpoint like release ``like`` (nano, lightning, super, ultra) into ``directory``; returns its path.
+    """Write a checkpoint like release ``like`` (a name in ``releases.RELEASES``) into ``directory``; returns its path.
 
     ``dimensions`` are the fields of ``releases.Sizes``: hidden, experts, top_k, intermediate, shared, latent, heads,
     kv_heads, head_dim, mamba_heads, mamba_head_dim, groups, state, vocab. One left out, or None, is the release's own.
@@ -144,8 +144,7 @@ def _fill(spec: TensorSpec, seed: int) -> torch.Tensor:
 def _values(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
     """Float32 numbers for the roles that are stored in BF16 or F32."""
     shape, width = spec.shape, 1 / math.sqrt(spec.fan_in)
-    # Logits three wide part the winner from the rest by more than BF16's error.
-    spread = {"embedding": 1.0, "matrix": width, "head": 3 * width, "bias": 0.02, "norm": 0.05}.get(spec.role)
+    spread = {"matrix": width, "bias": 0.02, "norm": 0.05}.get(spec.role)
     if spread is not None:
         values = rng.standard_normal(shape, np.float32)
         values *= spread

@@ -17,12 +17,16 @@ _SUPER_PATTERN = "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EME
 _ULTRA_PATTERN = (
     "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 )
-_LAYER_TYPES = {"M": "mamba", "E": "moe", "*": "attention"}
+_NANO_4B_PATTERN = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
+_LAYER_TYPES = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The dimensions of one model; ``pattern`` has a letter a layer (M mamba, E experts, * attention)."""
+    """The dimensions of one model; ``pattern`` has a letter a layer (M mamba, E experts, * attention, - dense MLP).
+
+    ``intermediate`` is the width of a routed expert or of a dense MLP.
+    """
 
     pattern: str
     hidden: int
@@ -56,17 +60,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Release:
-    """A published checkpoint: full sizes, and what differs in its config files."""
+    """A published checkpoint: full sizes, and what differs in its config files.
+
+    ``remote_code`` names the auto classes for which the release brings code of its own. ``counts_by_list``: the number
+    of layers is told by the list of their kinds alone.
+    """
 
     name: str
     sizes: Sizes
     producer: str
     transformers: str
-    remote_code: bool
+    remote_code: tuple[str, ...]
     pattern_field: str
     quantization_in_config: bool
     dtype_field: str = "dtype"
     time_step_limit: float | None = None
+    counts_by_list: bool = False
 
 
 RELEASES = {
@@ -75,7 +84,7 @@ RELEASES = {
         Sizes(_NANO_PATTERN, 2688),
         "0.29.0",
         "4.53.2",
-        remote_code=True,
+        remote_code=("AutoConfig", "AutoModel", "AutoModelForCausalLM"),
         pattern_field="hybrid_override_pattern",
         quantization_in_config=False,
         dtype_field="torch_dtype",
@@ -85,7 +94,7 @@ RELEASES = {
         Sizes(_NANO_PATTERN, 2688, max_positions=1048576, mtp="*E"),
         "0.44.0rc5",
         "5.8.1",
-        remote_code=False,
+        remote_code=(),
         pattern_field="layers_block_type",
         quantization_in_config=True,
     ),
@@ -94,7 +103,7 @@ RELEASES = {
         Sizes(_SUPER_PATTERN, 4096, 512, 22, 2688, 5376, 1024, mamba_heads=128, routed_scaling=5.0, mtp="*E"),
         "0.43.0.dev63",
         "4.57.1",
-        remote_code=True,
+        remote_code=("AutoConfig", "AutoModelForCausalLM"),
         pattern_field="hybrid_override_pattern",
         quantization_in_config=True,
         time_step_limit=math.inf,
@@ -104,16 +113,35 @@ RELEASES = {
         Sizes(_ULTRA_PATTERN, 8192, 512, 22, 5120, 10240, 2048, 64, mamba_heads=256, routed_scaling=5.0, mtp="*E"),
         "0.43.0",
         "4.57.6",
-        remote_code=True,
+        remote_code=("AutoConfig", "AutoModelForCausalLM"),
         pattern_field="layers_block_type",
         quantization_in_config=True,
         time_step_limit=1e308,
+        counts_by_list=True,
+    ),
+    # Its dimensions and which of its layers are in FP8 are not in any file that we could compare with.
+    "nano-4b": Release(
+        "NVIDIA-Nemotron-3-Nano-4B-NVFP4",
+        Sizes(
+            _NANO_4B_PATTERN,
+            3136,
+            intermediate=12544,
+            heads=40,
+            kv_heads=8,
+            mamba_heads=96,
+            mamba_head_dim=80,
+        ),
+        "0.43.0",
+        "4.57.1",
+        remote_code=("AutoConfig", "AutoModelForCausalLM"),
+        pattern_field="hybrid_override_pattern",
+        quantization_in_config=True,
     ),
 }
 
 
 def release(like: str) -> Release:
-    """The release called ``like`` (nano, lightning, super, ultra). Raises OptionError for another name."""
+    """The release called ``like`` (a name in ``RELEASES``). Raises OptionError for another name."""
     if like not in RELEASES:
         raise OptionError(
             "unknown release to imitate",
@@ -136,7 +164,7 @@ def shorten(pattern: str, layers: int) -> str:
     prefix = pattern[:layers]
     if "*" in prefix or layers < 3:
         return prefix
-    return pattern[:2] + "*" if layers == 3 else pattern[: layers - 2] + "*E"
+    return pattern[:2] + "*" if layers == 3 else f"{pattern[: layers - 2]}*{pattern[1]}"
 
 
 def resize(full: Sizes, layers: int | None = None, **changes: int | None) -> Sizes:
@@ -176,7 +204,7 @@ def config(made: Release, sizes: Sizes) -> dict[str, Any]:
         "n_routed_experts": sizes.experts,
         "num_attention_heads": sizes.heads,
         "num_experts_per_tok": sizes.top_k,
-        "num_hidden_layers": len(types),
+        **({} if made.counts_by_list else {"num_hidden_layers": len(types)}),
         "num_key_value_heads": sizes.kv_heads,
         "routed_scaling_factor": sizes.routed_scaling,
         "ssm_state_size": sizes.state,
@@ -189,10 +217,7 @@ def config(made: Release, sizes: Sizes) -> dict[str, Any]:
     if made.time_step_limit is not None:
         content["time_step_limit"] = [0.0, made.time_step_limit]
     if made.remote_code:
-        content["auto_map"] = {
-            "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
-            "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
-        }
+        content["auto_map"] = {each: _REMOTE_CODE[each] for each in made.remote_code}
     if sizes.mtp or sizes.latent:
         content["moe_latent_size"] = sizes.latent
     if sizes.mtp:
@@ -201,6 +226,12 @@ def config(made: Release, sizes: Sizes) -> dict[str, Any]:
         content[field] = sizes.mtp if as_letters else [_LAYER_TYPES[letter] for letter in sizes.mtp]
     return content
 
+
+_REMOTE_CODE = {
+    "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
+    "AutoModel": "modeling_nemotron_h.NemotronHForCausalLM",
+    "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
+}
 
 _COMMON_CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],

@@ -29,7 +29,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer [n, k]; ``kind`` is e.g. in_proj, expert or shared_up, ``layer`` is -1 outside the blocks."""
+    """A linear layer [n, k], or the table of embeddings.
+
+    ``kind`` is e.g. in_proj, expert or shared_up, ``layer`` is -1 outside the blocks.
+    """
 
     name: str
     n: int
@@ -37,6 +40,9 @@ class Product:
     kind: str
     layer: int
 
+
+FP8_WEIGHT_ONLY = "FP8, weight-only"
+"""Called FP8 in the config files, and without an input scale."""
 
 Precision = Callable[[Sizes, Product], "str | None"]
 """Says the quant_algo of a product, None for BF16."""
@@ -82,21 +88,42 @@ def _ultra(sizes: Sizes, product: Product) -> str | None:
     return NVFP4 if product.kind == "expert" else FP8 if product.kind in fp8 else None
 
 
-PRECISION: dict[str, Precision] = {"nano": _nano, "lightning": _lightning, "super": _super, "ultra": _ultra}
+def _nano_4b(sizes: Sizes, product: Product) -> str | None:
+    if product.kind == "mlp_down" and product.layer % 8 == 1:
+        return FP8
+    return {"embedding": W4A16_NVFP4, "lm_head": FP8_WEIGHT_ONLY}.get(product.kind, NVFP4)
+
+
+PRECISION: dict[str, Precision] = {
+    "nano": _nano,
+    "lightning": _lightning,
+    "super": _super,
+    "ultra": _ultra,
+    "nano-4b": _nano_4b,
+}
 """For each release the precision of its layers; MTP layers are BF16 everywhere."""
 
 
 def products(sizes: Sizes) -> Iterator[Product]:
-    """Every linear layer of the model proper, in file order."""
+    """The table of embeddings and every linear layer of the model proper, in file order."""
+    yield _embeddings(sizes)
     for layer, kind in enumerate(sizes.pattern):
         yield from _mixer_products(sizes, f"backbone.layers.{layer}.mixer", kind, layer)
-    yield Product("lm_head", sizes.vocab, sizes.hidden, "lm_head", -1)
+    yield _head(sizes)
+
+
+def _embeddings(sizes: Sizes) -> Product:
+    return Product("backbone.embeddings", sizes.vocab, sizes.hidden, "embedding", -1)
+
+
+def _head(sizes: Sizes) -> Product:
+    return Product("lm_head", sizes.vocab, sizes.hidden, "lm_head", -1)
 
 
 def tensors(like: str, sizes: Sizes) -> Iterator[TensorSpec]:
     """Every tensor of release ``like`` at ``sizes``, in file order, without any data."""
     precision = PRECISION[like]
-    yield TensorSpec("backbone.embeddings.weight", "BF16", (sizes.vocab, sizes.hidden), "embedding")
+    yield from _product_tensors(_embeddings(sizes), precision(sizes, _embeddings(sizes)))
     for layer, kind in enumerate(sizes.pattern):
         prefix = f"backbone.layers.{layer}"
         yield TensorSpec(f"{prefix}.norm.weight", "BF16", (sizes.hidden,), "norm")
@@ -107,8 +134,7 @@ def tensors(like: str, sizes: Sizes) -> Iterator[TensorSpec]:
             for name in ("k_proj.k_scale", "v_proj.v_scale"):
                 yield TensorSpec(f"{prefix}.mixer.{name}", "F32", (), "input_scale")
     yield TensorSpec("backbone.norm_f.weight", "BF16", (sizes.hidden,), "norm")
-    head = Product("lm_head", sizes.vocab, sizes.hidden, "lm_head", -1)
-    yield from _product_tensors(head, precision(sizes, head))
+    yield from _product_tensors(_head(sizes), precision(sizes, _head(sizes)))
     yield from _mtp_tensors(like, sizes)
 
 
@@ -117,7 +143,7 @@ def quantization(like: str, made: Release, sizes: Sizes) -> dict[str, Any]:
     algos = {product.name: PRECISION[like](sizes, product) for product in products(sizes)}
     content: dict[str, Any] = {"quant_algo": "NVFP4" if like == "nano" else "MIXED_PRECISION"}
     content["kv_cache_quant_algo"] = "FP8"
-    unquantized = [name for name, algo in algos.items() if algo is None]
+    unquantized = [name for name, algo in algos.items() if algo is None and name != "backbone.embeddings"]
     convolutions = [f"backbone.layers.{i}.mixer.conv1d" for i, kind in enumerate(sizes.pattern) if kind == "M"]
     if like == "nano":
         content |= {"group_size": 16, "exclude_modules": unquantized + convolutions}
@@ -130,7 +156,7 @@ def quantization(like: str, made: Release, sizes: Sizes) -> dict[str, Any]:
 
 
 def _layer_entry(algo: str) -> dict[str, Any]:
-    return {"quant_algo": algo} if algo == FP8 else {"quant_algo": algo, "group_size": 16}
+    return {"quant_algo": FP8} if algo in (FP8, FP8_WEIGHT_ONLY) else {"quant_algo": algo, "group_size": 16}
 
 
 def _mixer_products(sizes: Sizes, mixer: str, kind: str, layer: int) -> Iterator[Product]:
@@ -141,6 +167,10 @@ def _mixer_products(sizes: Sizes, mixer: str, kind: str, layer: int) -> Iterator
         shapes = {"in_proj": (in_width, hidden), "out_proj": (hidden, inner)}
     elif kind == "*":
         shapes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    elif kind == "-":
+        yield Product(f"{mixer}.up_proj", sizes.intermediate, hidden, "mlp_up", layer)
+        yield Product(f"{mixer}.down_proj", hidden, sizes.intermediate, "mlp_down", layer)
+        return
     else:
         shapes = {"fc1_latent_proj": (width, hidden), "fc2_latent_proj": (hidden, width)} if sizes.latent else {}
         for expert in range(sizes.experts):
@@ -173,16 +203,18 @@ def _gate_dtype(like: str) -> str:
 
 def _product_tensors(product: Product, algo: str | None) -> Iterator[TensorSpec]:
     name, n, k = product.name, product.n, product.k
+    # Rows of the table are as large as other layers' outputs; logits three wide part the winner from the rest by more
+    # than BF16's error.
+    fan_in = {"embedding": 1, "lm_head": max(1, k // 9)}.get(product.kind, k)
     if algo in (NVFP4, W4A16_NVFP4):
         yield TensorSpec(f"{name}.weight", "U8", (n, k // 2), "codes", k)
         yield TensorSpec(f"{name}.weight_scale", "F8_E4M3", (n, k // 16), "block_scale", k)
-        yield TensorSpec(f"{name}.weight_scale_2", "F32", (), "global_scale", k)
-    elif algo == FP8:
+        yield TensorSpec(f"{name}.weight_scale_2", "F32", (), "global_scale", fan_in)
+    elif algo in (FP8, FP8_WEIGHT_ONLY):
         yield TensorSpec(f"{name}.weight", "F8_E4M3", (n, k), "fp8", k)
-        yield TensorSpec(f"{name}.weight_scale", "F32", (), "fp8_scale", k)
+        yield TensorSpec(f"{name}.weight_scale", "F32", (), "fp8_scale", fan_in)
     else:
-        role = "head" if product.kind == "lm_head" else "matrix"
-        yield TensorSpec(f"{name}.weight", "BF16", (n, k), role, k)
+        yield TensorSpec(f"{name}.weight", "BF16", (n, k), "matrix", fan_in)
     if algo in (NVFP4, FP8):
         yield TensorSpec(f"{name}.input_scale", "F32", (), "input_scale")
 

@@ -21,7 +21,7 @@ from .files import altered, read_tensors, same_bytes
 
 IDS = torch.arange(5, 25)[None]
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
-MIXED = ["lightning", "super", "ultra"]
+MIXED = ["lightning", "super", "ultra", "nano-4b"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def mixed(tmp_path_factory, tiny_sizes):
 
     def get(like):
         if like not in made:
-            latent = {} if like == "lightning" else {"latent": 32}
+            latent = {"latent": 32} if like in ("super", "ultra") else {}
             made[like] = synthesize(tmp_path_factory.mktemp(like) / "tiny", like, **tiny_sizes, **latent)
         return made[like]
 
@@ -75,6 +75,15 @@ def test_each_layer_has_the_precision_that_the_config_names(mixed):
     }
 
 
+def test_a_dense_model_with_packed_table_and_fp8_head(mixed):
+    model = from_pretrained(mixed("nano-4b"))
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    assert kinds["model.embeddings"] == NVFP4Embedding and kinds["lm_head"] == FP8Linear
+    assert kinds["model.layers.1.mixer.down_proj"] == FP8Linear
+    assert kinds["model.layers.3.mixer.down_proj"] == kinds["model.layers.2.mixer.q_proj"] == NVFP4Linear
+    assert model.lm_head.input_scale is None and len(kinds) == 12
+
+
 def test_what_is_not_loaded_is_named_with_the_reason(mixed, caplog):
     with caplog.at_level(logging.INFO, "fp4pass.checkpoint"):
         model = from_pretrained(mixed("lightning"))
@@ -91,8 +100,9 @@ def test_in_the_graph_4_bit_products_are_rewritten_and_fp8_ones_are_listed(like,
     fp8 = {name for name, module in model.named_modules() if isinstance(module, FP8Linear)}
     assert {entry.module for entry in report.refused} == fp8
     assert all("one byte an element" in entry.reason for entry in report.refused)
-    rewritten = {entry.module for entry in report.rewritten}
-    assert {name for name, module in model.named_modules() if isinstance(module, PackedModule)} - fp8 == rewritten
+    products = (NVFP4Linear, NVFP4Experts)
+    packed = {name for name, module in model.named_modules() if isinstance(module, products)}
+    assert {entry.module for entry in report.rewritten} == packed
 
 
 def test_scalars_may_be_lists_of_one_and_bfloat16(nano_dir, nano_model, dense_twin, tmp_path):
