@@ -38,6 +38,10 @@ class UnmatchedError(Fp4passError, RuntimeError):
     """``require_match`` was asked for and a quantized product was left as it was."""
 
 
+class ActivationError(Fp4passError, RuntimeError):
+    """An activation arrives in FP4 or FP8 and cannot be turned back without inventing a scale."""
+
+
 class GradientError(Fp4passError, RuntimeError):
     """Gradients were asked for where none are given."""
 

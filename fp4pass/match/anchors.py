@@ -36,6 +36,48 @@ _BY_NAME = {
 }
 
 
+OPAQUE_PRODUCTS = frozenset(
+    {
+        "_C::cutlass_fp4_group_mm",
+        "_C::cutlass_scaled_fp4_mm",
+        "aten::_scaled_grouped_mm_v2",
+        "aten::_scaled_mm",
+        "aten::_scaled_mm_v2",
+        "auto_deploy::torch_fake_quant_nvfp4_linear",
+        "auto_deploy::torch_quant_nvfp4_linear",
+        "auto_deploy::torch_quant_nvfp4_moe",
+        "auto_deploy::trtllm_nvfp4_gemm",
+        "auto_deploy::trtllm_quant_nvfp4_moe_fused",
+        "trtllm::fp4_gemm",
+        "trtllm::nvfp4_gemm",
+        "trtllm::nvfp4_gemm_cublaslt",
+        "trtllm::nvfp4_gemm_cutlass",
+        "trtllm::cuda_core_nvfp4_gemm",
+        "vllm::flashinfer_mm_fp4",
+    }
+)
+"""Products with FP4 operands of other libraries: nothing to match in them, `fp4pass.passes.unfuse` replaces them."""
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether ``node`` is a matrix product: one that can be matched, one of another library, or one of our own."""
+    if anchor_of(node) is not None:
+        return True
+    op = called_op(node)
+    return op is not None and (op._schema.name in OPAQUE_PRODUCTS or op.namespace == "fp4pass")
+
+
+def called_op(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The op that ``node`` calls, also where functionalization has wrapped one that writes to its arguments."""
+    if node.op != "call_function":
+        return None
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target
+    wrapped = node.args[0] if node.args else None
+    is_wrapper = str(getattr(node.target, "__name__", "")).startswith("auto_functionalized")
+    return wrapped if is_wrapper and isinstance(wrapped, torch._ops.OpOverload) else None
+
+
 def anchor_of(node: fx.Node) -> Anchor | None:
     """The operand positions of ``node`` if it is a product, else None."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):

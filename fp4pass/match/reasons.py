@@ -33,6 +33,10 @@ class Reason(Enum):
         "the product belongs to the backward of an expert, which has no kernel",
         "run the experts under torch.no_grad() or torch.inference_mode()",
     )
+    DENSE = (
+        "the weight is dense and only rounded to FP4 at every call",
+        "pack it with modelopt.torch.quantization.compress, or export the model and load the checkpoint",
+    )
     DISABLED = (
         "the pass that would rewrite it is switched off",
         "leave it out of the option `disable`",
@@ -40,6 +44,18 @@ class Reason(Enum):
     DTYPE = (
         "the product's operands have a dtype that has no kernel",
         "use bfloat16, float16 or float32 activations, and cast the decoded weight to the same",
+    )
+    FP4_ACTIVATION = (
+        "the activation arrives in FP4 and cannot be traced to the values that were quantized",
+        "quantize it in the same graph, by an operation that the un-fusing knows, or keep it in bfloat16",
+    )
+    FP4_CONSUMER = (
+        "an operation that is not known takes the FP4 activation",
+        "keep the activation of that operation in bfloat16",
+    )
+    FP8_ACTIVATION = (
+        "the activation arrives in FP8 and no static scale that would undo it is in the graph",
+        "quantize it with a static scale in the same graph, or keep it in bfloat16",
     )
     FAILED = (
         "the rewrite itself failed",
@@ -92,6 +108,10 @@ class Reason(Enum):
     UNKNOWN_OP = (
         "the weight is computed by an operation that cannot be run for the proof",
         "decode with plain PyTorch operations",
+    )
+    VARIANT = (
+        "this variant of the operation is not NVFP4 as fp4pass knows it",
+        "quantize in blocks of 16 with E4M3 block scales, linear or in 128x4 tiles",
     )
     WRONG_AXIS = (
         "the codes are not packed along the axis that the product sums over",
