@@ -10,9 +10,21 @@ from torch import fx
 
 from fp4pass import _torch
 from fp4pass.backend import compile_graph
+from fp4pass.checkpoint.compressed import is_unpacked
 from fp4pass.inputs import CallInputs
 from fp4pass.options import Options
-from fp4pass.report import Report
+from fp4pass.report import Entry, Report
+
+_UNPACKED = Report(
+    refused=(
+        Entry(
+            module="",
+            op="compressed-tensors",
+            reason="transformers' own quantizer for compressed-tensors has unpacked the NVFP4 weights while loading",
+            remedy="load the checkpoint by fp4pass.from_pretrained, which keeps them in 4 bits",
+        ),
+    )
+)
 
 
 def explain(
@@ -28,7 +40,8 @@ def explain(
     arguments may lie on the meta device, where ``fp4pass.checkpoint.load.skeleton(path)`` builds a checkpoint's model
     (give it ``use_cache=False`` or a static cache: a growing one does not trace on meta), and
     ``options={"target_sm": 90}`` asks for a GPU that is not at hand. Gradients are off. All graphs of the call are in
-    one report. The call itself is run, with the rewritten graphs.
+    one report. The call itself is run, with the rewritten graphs. A model whose NVFP4 weights transformers has unpacked
+    while loading has an entry that says so.
 
     Raises what a compile with the same options raises, but for ``require_match``.
     """
@@ -43,7 +56,7 @@ def explain(
 
     with torch.no_grad(), _torch.many_recompiles():
         torch.compile(model, backend=record, dynamic=dynamic)(*args, **kwargs)
-    return sum(reports, Report())
+    return sum(reports, _UNPACKED if is_unpacked(model) else Report())
 
 
 def _as_is(gm: fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:

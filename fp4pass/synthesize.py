@@ -19,10 +19,17 @@ import torch
 from safetensors.torch import save_file
 
 from fp4pass.checkpoint import releases
+from fp4pass.checkpoint.compressed import PARTS as COMPRESSED
+from fp4pass.checkpoint.compressed import THEIR_METHOD
 from fp4pass.checkpoint.config import config_json_form
-from fp4pass.checkpoint.tensors import TensorSpec, quantization, tensors
+from fp4pass.checkpoint.modules import MODELOPT
+from fp4pass.checkpoint.packed import Parts
+from fp4pass.checkpoint.tensors import TensorSpec, compressed_quantization, quantization, tensors
 from fp4pass.checkpoint.tokenizer import SPECIAL_TOKENS, tokenizer_files
 from fp4pass.errors import OptionError
+
+FORMATS = {"modelopt": MODELOPT, THEIR_METHOD: COMPRESSED}
+"""Formats of a checkpoint's files, and how each names the tensors of an NVFP4 weight."""
 
 _BYTES = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}
 
@@ -40,6 +47,7 @@ def synthesize(
     *,
     layers: int | None = None,
     seed: int = 0,
+    format: str = "modelopt",
     quantization_in_config: bool | None = None,
     shard_bytes: int = 1 << 30,
     **dimensions: int | None,
@@ -48,31 +56,46 @@ def synthesize(
 
     ``dimensions`` are the fields of ``releases.Sizes``: hidden, experts, top_k, intermediate, shared, latent, heads,
     kv_heads, head_dim, mamba_heads, mamba_head_dim, groups, state, vocab. One left out, or None, is the release's own.
-    One shard of ``shard_bytes`` is held in memory at a time. ``quantization_in_config`` puts the quantization into
-    config.json beside hf_quant_config.json; 3 Nano does not, the other releases do. The same arguments give the same
-    bytes.
+    ``format`` is that of the files, ``"modelopt"`` or ``"compressed-tensors"``; the latter has the release's NVFP4
+    linear layers, and everything else in BF16. One shard of ``shard_bytes`` is held in memory at a time.
+    ``quantization_in_config`` puts the quantization into config.json beside hf_quant_config.json; 3 Nano does not, the
+    other releases do. The same arguments give the same bytes.
 
-    Raises OptionError for an unknown release or dimension and for values that the format or the model cannot have, and
-    FileExistsError if ``directory`` holds a checkpoint already.
+    Raises OptionError for an unknown release, format or dimension and for values that the format or the model cannot
+    have, and FileExistsError if ``directory`` holds a checkpoint already.
     """
     made = releases.release(like)
     sizes = releases.resize(made.sizes, layers, **dimensions)
-    plan = list(tensors(like, sizes))
+    plan = list(tensors(like, sizes, _parts(format)))
     _check_sizes(sizes, plan)
     folder = Path(directory)
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a checkpoint already; choose another directory or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, plan, seed, shard_bytes)
-    quant = quantization(like, made, sizes)
-    config = releases.config(made, sizes)
-    if made.quantization_in_config if quantization_in_config is None else quantization_in_config:
-        config["quantization_config"] = config_json_form(quant)
+    config, files = releases.config(made, sizes), {}
+    if format == "modelopt":
+        files["hf_quant_config.json"] = quant = quantization(like, made, sizes)
+        if made.quantization_in_config if quantization_in_config is None else quantization_in_config:
+            config["quantization_config"] = config_json_form(quant)
+    else:
+        config["quantization_config"] = compressed_quantization(like, sizes)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": made.transformers}
-    files = {"config.json": config, "hf_quant_config.json": quant, "generation_config.json": generation}
+    files |= {"config.json": config, "generation_config.json": generation}
     for name, content in (files | tokenizer_files(sizes.vocab, sizes.max_positions)).items():
         _write_json(folder / name, content)
     return folder
+
+
+def _parts(format: str) -> Parts:
+    if format not in FORMATS:
+        raise OptionError(
+            "unknown format of a checkpoint",
+            seen=repr(format),
+            expected=f"one of {', '.join(FORMATS)}",
+            do="pass one of these names as format=",
+        )
+    return FORMATS[format]
 
 
 def _check_sizes(sizes: releases.Sizes, plan: list[TensorSpec]) -> None:
@@ -159,7 +182,9 @@ def _values(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
     constants = {
         "global_scale": width / (_RMS_CODE * _RMS_SCALE),
         "fp8_scale": width / _RMS_FP8,
+        "global_divisor": _RMS_CODE * _RMS_SCALE / width,
         "input_scale": 0.01,
+        "input_divisor": 100,
     }
     return np.full(shape, constants[spec.role] * rng.uniform(0.9, 1.1), np.float32)
 

@@ -115,7 +115,7 @@ def _facts(content: Any) -> Mapping[str, Any]:
     """The level of ``content`` that has the facts, checked to be of the form that the rest relies on."""
     facts = content.get("quantization", content) if isinstance(content, Mapping) else content
     if not isinstance(facts, Mapping):
-        _refuse_form("the quantization config", facts, "a JSON object")
+        refuse_form("the whole", facts, "a JSON object")
     if "quant_algo" not in facts and not facts.get("config_groups"):
         raise CheckpointError(
             "the quantization config does not say how the checkpoint is quantized",
@@ -128,7 +128,7 @@ def _facts(content: Any) -> Mapping[str, Any]:
         if entries is not None and not (
             isinstance(entries, Mapping) and all(isinstance(entry, Mapping) for entry in entries.values())
         ):
-            _refuse_form(name, entries, "an object of objects")
+            refuse_form(name, entries, "an object of objects")
     return facts
 
 
@@ -136,13 +136,14 @@ def _names(facts: Mapping[str, Any]) -> list[str]:
     """The names and patterns of layers that are not quantized."""
     names = facts.get("exclude_modules") or facts.get("ignore") or []
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        _refuse_form("exclude_modules (ignore)", names, "a list of module names")
+        refuse_form("exclude_modules (ignore)", names, "a list of module names")
     return list(names)
 
 
-def _refuse_form(what: str, seen: Any, expected: str) -> None:
+def refuse_form(what: str, seen: Any, expected: str) -> None:
+    """Raise CheckpointError for a part of a quantization config that is not of the ``expected`` form."""
     raise CheckpointError(
-        f"{what} has a form that ModelOpt does not write",
+        f"{what} of the quantization config has a form that no exporter writes",
         seen=repr(seen)[:200],
         expected=expected,
         do="download config.json or hf_quant_config.json of the release again",
@@ -155,7 +156,7 @@ def _groups(facts: Mapping[str, Any]) -> list[tuple[str, int | None, list[str]]]
     for name, group in (facts.get("config_groups") or {}).items():
         weights, targets = group.get("weights"), group.get("targets", [])
         if not isinstance(weights, Mapping) or not isinstance(targets, list):
-            _refuse_form(f"config_groups.{name}", group, "an object with weights and a list of targets")
+            refuse_form(f"config_groups.{name}", group, "an object with weights and a list of targets")
         bits, kind, group_size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
         algo = f"{bits} bits {kind}"
         if (bits, kind) == (8, "float"):

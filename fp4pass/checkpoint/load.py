@@ -14,10 +14,13 @@ from transformers.utils import cached_file
 
 from fp4pass.errors import CheckpointError, VersionError
 
+from .compressed import PARTS as COMPRESSED
+from .compressed import CompressedConfig, is_compressed
 from .config import QuantConfig, config_json_form
 from .fp8 import set_fp8_mode
+from .modules import MODELOPT
 from .packed import PackedModule
-from .quantizer import METHOD, register
+from .quantizer import COMPRESSED_METHOD, METHOD, register
 from .replace import replace_quantized
 
 logger = logging.getLogger("fp4pass.checkpoint")
@@ -29,7 +32,8 @@ def from_pretrained(path: str | Path, *, fp8: str | None = None, **kwargs: Any) 
     """Load a causal language model whose NVFP4 weights stay packed, from a folder or a hub repository.
 
     Takes the arguments of ``AutoModelForCausalLM.from_pretrained`` and does the same; it also reads
-    hf_quant_config.json where config.json has no quantization_config. The model class is always the one in
+    hf_quant_config.json where config.json has no quantization_config, and compressed-tensors checkpoints in NVFP4,
+    which transformers itself would unpack for good. The model class is always the one in
     transformers: ``trust_remote_code`` is ignored, with a warning. No parameter takes gradients; set requires_grad
     where you want them. ``fp8`` says how FP8 layers multiply: ``"w8a16"``, ``"w8a8"``, or None for what suits the GPU
     (see ``FP8Linear``).
@@ -60,12 +64,15 @@ def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     locate files on the hub are understood. Raises CheckpointError as ``from_pretrained`` does for the config files.
     """
     config = _config(path, kwargs)
-    precision = QuantConfig.from_dict(_facts(config) or {"quant_algo": None})
+    facts = _facts(config) or {"quant_algo": None}
+    compressed = facts.get("quant_method") == COMPRESSED_METHOD
+    reader, parts = (CompressedConfig, COMPRESSED) if compressed else (QuantConfig, MODELOPT)
+    precision = reader.from_dict(facts)
     bare = copy.deepcopy(config)
     bare.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(bare, dtype=kwargs.get("dtype") or config.dtype)
-    replace_quantized(model, precision, headers={})
+    replace_quantized(model, precision, headers={}, parts=parts)
     for module in model.modules():
         if isinstance(module, PackedModule):
             module.settle()
@@ -76,7 +83,10 @@ def _config(path: str | Path, kwargs: dict[str, Any]) -> PreTrainedConfig:
     """The model's config, with the quantization from whichever file has it."""
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
-    if _facts(config) is not None:
+    facts = _facts(config)
+    if is_compressed(facts):
+        config.quantization_config = {**facts, "quant_method": COMPRESSED_METHOD}
+    if facts is not None:
         return config
     file = cached_file(path, "hf_quant_config.json", _raise_exceptions_for_missing_entries=False, **hub)
     if file is not None:

@@ -1,4 +1,4 @@
-"""transformers' entry for ModelOpt checkpoints: ``from_pretrained`` meets ``quant_method: modelopt`` and comes here.
+"""transformers' entry for packed checkpoints: ``from_pretrained`` meets ``quant_method: modelopt`` and comes here.
 
 The model is built on meta, its quantized layers are replaced by packed ones, and the loader of transformers fills them:
 the bytes on disk are the bytes in memory. On the way back the same conversions are undone, so that ``save_pretrained``
@@ -29,6 +29,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp4pass.errors import CheckpointError, DeviceError
 
+from .compressed import PARTS as COMPRESSED
+from .compressed import THEIR_METHOD, CompressedConfig
 from .config import QuantConfig, checkpoint_name
 from .fp8 import FP8Linear
 from .modules import MODELOPT, stacked
@@ -37,7 +39,7 @@ from .replace import replace_quantized
 from .validate import KV_CACHE, MTP, Header, check_headers, read_headers
 from .values import check_values
 
-METHOD = "modelopt"
+METHOD, COMPRESSED_METHOD = "modelopt", "fp4pass-compressed-tensors"
 logger = logging.getLogger("fp4pass.checkpoint")
 
 _PROJECTIONS = ("up_proj", "down_proj")
@@ -51,16 +53,32 @@ class ModelOptConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
 
 
+class CompressedTensorsConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed-tensors checkpoint, under a method of our own while it is loaded.
+
+    transformers has a quantizer for the method's own name. What is saved has that name again.
+    """
+
+    def __init__(self, **facts: Any) -> None:
+        self.__dict__.update(facts)
+        self.quant_method = COMPRESSED_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as they stood in config.json."""
+        return super().to_dict() | {"quant_method": THEIR_METHOD}
+
+
 class ModelOptQuantizer(HfQuantizer):
     """Loads ModelOpt's NVFP4 checkpoints packed. ``dropped`` names the tensors that were knowingly not loaded."""
 
     parts: Parts = MODELOPT
+    reader: type[QuantConfig] | type[CompressedConfig] = QuantConfig
 
-    def __init__(self, quantization_config: ModelOptConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # A config that is passed as an argument describes the files no less than one that stands in config.json.
         self.pre_quantized = True
-        self.precision = QuantConfig.from_dict(quantization_config.to_dict())
+        self.precision = self.reader.from_dict(quantization_config.to_dict())
         self.dropped: tuple[str, ...] = ()
         self._headers: dict[str, Header] = {}
         self._prefix = ""
@@ -167,6 +185,13 @@ class ModelOptQuantizer(HfQuantizer):
         return True
 
 
+class CompressedTensorsQuantizer(ModelOptQuantizer):
+    """The same for compressed-tensors checkpoints in NVFP4; only ``fp4pass.from_pretrained`` leads here."""
+
+    parts = COMPRESSED
+    reader = CompressedConfig
+
+
 def _keep_routers_in_float32(model: nn.Module, headers: Mapping[str, Header], prefix: str) -> None:
     """A router computes in float32 whatever its weight's dtype; where a release stores it in float32, it stays so."""
     for name, module in model.named_modules():
@@ -219,17 +244,28 @@ def _shortened(names: tuple[str, ...], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
+_OURS = {
+    METHOD: (ModelOptConfig, ModelOptQuantizer),
+    COMPRESSED_METHOD: (CompressedTensorsConfig, CompressedTensorsQuantizer),
+}
+
+
 def register() -> bool:
     """Make ``from_pretrained`` know ``quant_method: modelopt``; called when fp4pass is imported.
 
     Returns False, and leaves things as they are, where another package has taken the name.
     """
-    taken = {AUTO_QUANTIZER_MAPPING.get(METHOD), AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)} - {None}
-    if taken == {ModelOptQuantizer, ModelOptConfig}:
+    registered = [_register(method, *classes) for method, classes in _OURS.items()]
+    return all(registered)
+
+
+def _register(method: str, config: type[QuantizationConfigMixin], quantizer: type[HfQuantizer]) -> bool:
+    taken = {AUTO_QUANTIZER_MAPPING.get(method), AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)} - {None}
+    if taken == {quantizer, config}:
         return True
     if taken:
-        logger.warning("quant_method %r is taken by %s; fp4pass leaves it", METHOD, next(iter(taken)).__module__)
+        logger.warning("quant_method %r is taken by %s; fp4pass leaves it", method, next(iter(taken)).__module__)
         return False
-    register_quantization_config(METHOD)(ModelOptConfig)
-    register_quantizer(METHOD)(ModelOptQuantizer)
+    register_quantization_config(method)(config)
+    register_quantizer(method)(quantizer)
     return True

@@ -11,6 +11,7 @@ from torch import nn
 
 from fp4pass.errors import CheckpointError
 
+from .compressed import CompressedConfig
 from .config import FP8, NVFP4_ALGOS, NVFP4_AWQ, QuantConfig, checkpoint_name
 from .embedding import NVFP4Embedding
 from .fp8 import FP8Linear
@@ -23,7 +24,7 @@ _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 def replace_quantized(
     model: nn.Module,
-    precision: QuantConfig,
+    precision: QuantConfig | CompressedConfig,
     headers: Mapping[str, Header],
     prefix: str = "",
     parts: Parts = MODELOPT,
@@ -48,7 +49,7 @@ def replace_quantized(
             model.set_submodule(name, packed)
 
 
-def _algos(name: str, module: nn.Module, precision: QuantConfig) -> dict[str, str | None]:
+def _algos(name: str, module: nn.Module, precision: QuantConfig | CompressedConfig) -> dict[str, str | None]:
     """``{layer as the config names it: quant_algo}`` of the layers in ``module`` itself; empty for other modules."""
     if is_experts(module):
         layers = [f"{name}.{e}.{p}" for e in range(module.num_experts) for p in ("up_proj", "down_proj")]
@@ -139,7 +140,7 @@ def _refuse_fp8(what: str) -> None:
     )
 
 
-def _refuse_strangers(precision: QuantConfig, found: set[str]) -> None:
+def _refuse_strangers(precision: QuantConfig | CompressedConfig, found: set[str]) -> None:
     strangers = [name for name in precision.layers if name not in found and not name.startswith("mtp.")]
     if strangers:
         raise CheckpointError(

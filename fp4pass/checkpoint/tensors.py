@@ -5,11 +5,15 @@ At full size the lists equal the releases' own: 24,147 tensors for 3 Nano, 165,8
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .compressed import compressed_form
 from .config import FP8, NVFP4, W4A16_NVFP4
+from .modules import MODELOPT
+from .packed import Parts
 from .releases import Release, Sizes
 
 
@@ -120,22 +124,40 @@ def _head(sizes: Sizes) -> Product:
     return Product("lm_head", sizes.vocab, sizes.hidden, "lm_head", -1)
 
 
-def tensors(like: str, sizes: Sizes) -> Iterator[TensorSpec]:
-    """Every tensor of release ``like`` at ``sizes``, in file order, without any data."""
-    precision = PRECISION[like]
-    yield from _product_tensors(_embeddings(sizes), precision(sizes, _embeddings(sizes)))
+def tensors(like: str, sizes: Sizes, parts: Parts = MODELOPT) -> Iterator[TensorSpec]:
+    """Every tensor of release ``like`` at ``sizes``, in file order, without any data.
+
+    ``parts`` names those of an NVFP4 weight, as ModelOpt or compressed-tensors does.
+    """
+    precision = PRECISION[like] if parts is MODELOPT else functools.partial(_in_nvfp4_alone, PRECISION[like])
+    yield from _product_tensors(_embeddings(sizes), precision(sizes, _embeddings(sizes)), parts)
     for layer, kind in enumerate(sizes.pattern):
         prefix = f"backbone.layers.{layer}"
         yield TensorSpec(f"{prefix}.norm.weight", "BF16", (sizes.hidden,), "norm")
         yield from _mixer_extras(sizes, f"{prefix}.mixer", kind, _gate_dtype(like))
         for product in _mixer_products(sizes, f"{prefix}.mixer", kind, layer):
-            yield from _product_tensors(product, precision(sizes, product))
-        if kind == "*" and like != "nano":
+            yield from _product_tensors(product, precision(sizes, product), parts)
+        if kind == "*" and like != "nano" and parts is MODELOPT:
             for name in ("k_proj.k_scale", "v_proj.v_scale"):
                 yield TensorSpec(f"{prefix}.mixer.{name}", "F32", (), "input_scale")
     yield TensorSpec("backbone.norm_f.weight", "BF16", (sizes.hidden,), "norm")
-    yield from _product_tensors(_head(sizes), precision(sizes, _head(sizes)))
+    yield from _product_tensors(_head(sizes), precision(sizes, _head(sizes)), parts)
     yield from _mtp_tensors(like, sizes)
+
+
+def compressed_quantization(like: str, sizes: Sizes) -> dict[str, Any]:
+    """``quantization_config`` of release ``like`` as compressed-tensors would have exported it.
+
+    As in exports that are around, the multi-token-prediction layers are not among the exceptions.
+    """
+    algos = {p.name: _in_nvfp4_alone(PRECISION[like], sizes, p) for p in products(sizes) if p.kind != "embedding"}
+    return compressed_form(set(algos.values()), [name for name, algo in algos.items() if algo is None])
+
+
+def _in_nvfp4_alone(precision: Precision, sizes: Sizes, product: Product) -> str | None:
+    """What compressed-tensors' NVFP4 format holds of a release: the NVFP4 linear layers; the rest is in BF16."""
+    algo = precision(sizes, product)
+    return algo if algo in (NVFP4, W4A16_NVFP4) and product.kind != "embedding" else None
 
 
 def quantization(like: str, made: Release, sizes: Sizes) -> dict[str, Any]:
@@ -201,22 +223,28 @@ def _gate_dtype(like: str) -> str:
     return "F32" if like == "nano" else "BF16"
 
 
-def _product_tensors(product: Product, algo: str | None) -> Iterator[TensorSpec]:
+def _product_tensors(product: Product, algo: str | None, parts: Parts = MODELOPT) -> Iterator[TensorSpec]:
     name, n, k = product.name, product.n, product.k
     # Rows of the table are as large as other layers' outputs; logits three wide part the winner from the rest by more
     # than BF16's error.
     fan_in = {"embedding": 1, "lm_head": max(1, k // 9)}.get(product.kind, k)
     if algo in (NVFP4, W4A16_NVFP4):
-        yield TensorSpec(f"{name}.weight", "U8", (n, k // 2), "codes", k)
-        yield TensorSpec(f"{name}.weight_scale", "F8_E4M3", (n, k // 16), "block_scale", k)
-        yield TensorSpec(f"{name}.weight_scale_2", "F32", (), "global_scale", fan_in)
+        factor = "global_divisor" if parts.divides else "global_scale"
+        yield TensorSpec(f"{name}.{parts.codes}", "U8", (n, k // 2), "codes", k)
+        yield TensorSpec(f"{name}.{parts.scale}", "F8_E4M3", (n, k // 16), "block_scale", k)
+        yield TensorSpec(f"{name}.{parts.global_scale}", "F32", _scalar_shape(parts), factor, fan_in)
     elif algo in (FP8, FP8_WEIGHT_ONLY):
         yield TensorSpec(f"{name}.weight", "F8_E4M3", (n, k), "fp8", k)
         yield TensorSpec(f"{name}.weight_scale", "F32", (), "fp8_scale", fan_in)
     else:
         yield TensorSpec(f"{name}.weight", "BF16", (n, k), "matrix", fan_in)
     if algo in (NVFP4, FP8):
-        yield TensorSpec(f"{name}.input_scale", "F32", (), "input_scale")
+        role = "input_divisor" if parts.divides else "input_scale"
+        yield TensorSpec(f"{name}.{parts.input_scale}", "F32", _scalar_shape(parts), role)
+
+
+def _scalar_shape(parts: Parts) -> tuple[int, ...]:
+    return (1,) if parts.divides else ()
 
 
 def _mtp_tensors(like: str, sizes: Sizes) -> Iterator[TensorSpec]:

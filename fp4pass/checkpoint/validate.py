@@ -31,7 +31,7 @@ _SPELLING = {
 }
 _DENSE = ("BF16", "F16", "F32", "F64")
 
-KV_CACHE = r"(k_proj\.k_scale|v_proj\.v_scale)$"
+KV_CACHE = r"\.[kv]_scale$"
 """Scales of an FP8 KV cache: caches are BF16 here, so that these tensors are not loaded."""
 MTP = r"^mtp\."
 """The multi-token-prediction layers, which the model class of transformers does not have."""

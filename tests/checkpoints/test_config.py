@@ -157,11 +157,11 @@ def test_algos_that_are_not_computed_are_refused_by_name(algo):
         ),
         ({"quant_algo": "MIXED_PRECISION"}, "without a precision for any layer"),
         ({"quantization": {"kv_cache_quant_algo": "FP8"}}, "does not say how"),
-        ({"quantization": "NVFP4"}, "a form that ModelOpt does not write"),
-        (["NVFP4"], "a form that ModelOpt does not write"),
+        ({"quantization": "NVFP4"}, "a form that no exporter writes"),
+        (["NVFP4"], "a form that no exporter writes"),
         ({"quant_algo": "NVFP4", "ignore": "lm_head"}, "a list of module names"),
-        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": ["lm_head"]}, "quantized_layers has a form"),
-        ({"config_groups": {"group_0": {"targets": ["Linear"]}}}, "group_0 has a form"),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": ["lm_head"]}, "quantized_layers of the"),
+        ({"config_groups": {"group_0": {"targets": ["Linear"]}}}, "group_0 of the"),
     ],
 )
 def test_incomplete_configs_are_refused(content, words):
