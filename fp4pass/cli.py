@@ -18,7 +18,7 @@ from fp4pass.checkpoint.releases import RELEASES, Sizes
 from fp4pass.errors import CheckpointError, DeviceError, Fp4passError
 from fp4pass.explain import explain
 from fp4pass.report import last_report
-from fp4pass.synthesize import synthesize
+from fp4pass.synthesize import FORMATS, synthesize
 
 OK, FOUND_FAULTS, ERROR = 0, 1, 2
 """Exit codes: done; done, and the answer is a bad one (doctor, explain); not done, and stderr says why."""
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     make.set_defaults(run=_synthesize)
     make.add_argument("directory", metavar="DIR", type=Path)
     make.add_argument("--like", default="nano", choices=RELEASES, help="the release to imitate (%(default)s)")
+    make.add_argument("--format", default="modelopt", choices=FORMATS, help="of the files (%(default)s)")
     make.add_argument("--seed", type=int, default=0)
     make.add_argument(
         "--quantization-in-config",
@@ -102,6 +103,7 @@ def _synthesize(given: argparse.Namespace) -> int:
         given.like,
         layers=given.layers,
         seed=given.seed,
+        format=given.format,
         quantization_in_config=given.quantization_in_config,
         **dimensions,
     )
