@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from fp4pass import _torch, bench, doctor
+from fp4pass import _torch, doctor
+from fp4pass.bench import command as bench
 from fp4pass.checkpoint.load import from_pretrained, skeleton
 from fp4pass.checkpoint.releases import RELEASES, Sizes
 from fp4pass.errors import CheckpointError, DeviceError, Fp4passError
@@ -84,10 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="versions, devices and a self-test").set_defaults(run=_doctor)
 
-    time = commands.add_parser("bench", help="time of a release's quantized linear layers beside BF16, on a GPU")
+    time = commands.add_parser("bench", help="time and error of products beside BF16 ones, on a GPU")
     time.set_defaults(run=_bench)
-    time.add_argument("--like", default="nano", choices=RELEASES, help="whose layers (%(default)s)")
-    time.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 2048], metavar="N")
+    bench.add_arguments(time)
     return parser
 
 
@@ -152,15 +152,7 @@ def _doctor(given: argparse.Namespace) -> int:
 
 
 def _bench(given: argparse.Namespace) -> int:
-    device = torch.device("cuda")
-    _check_present(device)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; medians; errors relative to float64")
-    print(bench.HEADING)
-    right = True
-    for row in bench.measure(given.like, RELEASES[given.like].sizes, given.tokens, device):
-        print(row, flush=True)
-        right &= row.right
-    return OK if right else FOUND_FAULTS
+    return OK if bench.run(given) else FOUND_FAULTS
 
 
 def _device(text: str) -> torch.device:

@@ -3,13 +3,11 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 
-from fp4pass import bench, doctor
-from fp4pass.checkpoint.releases import RELEASES, resize
+from fp4pass import doctor
 from fp4pass.cli import ERROR, FOUND_FAULTS, OK, main
 from fp4pass.report import Report
 
@@ -58,7 +56,7 @@ def test_generate_gives_the_same_text_compiled_and_eager_with_the_report_apart(n
         (["explain", "no-such-folder"], "there is no such checkpoint"),
         (["explain", "DIR", "--target-sm", "9"], "option 'target_sm' has a value"),
         (["generate", "DIR", "--prompt", "x", "--device", "cuda:99"], "does not have the device"),
-        pytest.param(["bench"], "does not have the device", marks=pytest.mark.skipif("torch.cuda.is_available()")),
+        pytest.param(["bench"], "the benchmark needs a GPU", marks=pytest.mark.skipif("torch.cuda.is_available()")),
         (["synthesize", "DIR", "--hidden", "80"], "holds a checkpoint already"),
         (["synthesize", "NEW", "--layers", "999"], "number of layers out of range"),
     ],
@@ -110,19 +108,3 @@ def test_doctor_finds_wrong_arithmetic(monkeypatch, capsys):
 @pytest.mark.parametrize(("sm", "says"), [(70, "below SM80"), (80, "fused"), (90, "fused"), (100, "native FP4")])
 def test_doctor_says_what_is_done_on_a_gpu(sm, says):
     assert says in doctor.describe_gpu("a GPU", sm)
-
-
-def test_bench_measures_every_kind_of_layer_and_withholds_the_ratio_of_a_wrong_one():
-    sizes = resize(RELEASES["nano"].sizes, 4, hidden=80, intermediate=48, shared=112, mamba_heads=16, mamba_head_dim=5)
-    rows = list(bench.measure("nano", sizes, (1, 3), torch.device("cpu"), bytes_in_turn=1))
-    assert {(row.layer, row.n, row.k) for row in rows} == {
-        ("in_proj", 2224, 80),
-        ("out_proj", 80, 80),
-        ("shared_up", 112, 80),
-        ("shared_down", 80, 112),
-    }
-    assert [row.tokens for row in rows] == [1, 3] * 4
-    assert all(0 < row.error <= row.bf16_error < 0.01 and row.fp4pass > 0 for row in rows)
-    wrong = replace(rows[0], error=0.5)
-    assert "wrong" in str(wrong)
-    assert "wrong" not in str(rows[0])

@@ -1,0 +1,151 @@
+"""Blocks of routed experts, from ids and weights to the summed output: ours and transformers' grouped products."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from fp4pass import _torch, nvfp4
+from fp4pass.bench.cases import Moe
+from fp4pass.bench.clock import BYTES_IN_TURN, copies, microseconds, relative_error, roofline, sample
+from fp4pass.bench.compiled import Reading, chosen, compile_ours, compile_plain, floor
+from fp4pass.bench.table import Row
+from fp4pass.checkpoint.modules import NVFP4Experts
+from fp4pass.lowering import reference
+
+# Errors are taken over so many rows of the products at most: tokens, each with its experts.
+_MOST_SLOTS = 384
+
+# Quantizing holds several float32 copies of a weight.
+_EXPERTS_AT_ONCE = 16
+
+
+@torch.no_grad()
+def measure(
+    case: Moe,
+    tokens: Sequence[int],
+    device: torch.device,
+    *,
+    bytes_in_turn: int = BYTES_IN_TURN,
+    plain_backend: str = "inductor",
+) -> Iterator[Row]:
+    """A row for each number of ``tokens``; random weights and routing, BF16 activations.
+
+    plain_backend: what compiles transformers' BF16 experts. Makes torch's compiler forget what it has compiled.
+    """
+    torch.compiler.reset()
+    block = _Block(case, device, bytes_in_turn, plain_backend)
+    for count in tokens:
+        with _torch.many_recompiles():
+            row = block.row(count)
+        yield row
+
+
+class _Block:
+    """One case: its experts packed, and rounded to BF16."""
+
+    def __init__(self, case: Moe, device: torch.device, bytes_in_turn: int, plain_backend: str) -> None:
+        self.case, self.device, self.bytes_in_turn = case, device, bytes_in_turn
+        up = _random_weight(case.experts, case.inner, case.width, device)
+        down = _random_weight(case.experts, case.width, case.inner, device)
+        self.packed = _packed_module(case, up, down)
+        self.dense = _dense_module(case, up, down)
+        self.compiled, self.plain = compile_ours(), compile_plain(plain_backend)
+
+    def row(self, tokens: int) -> Row:
+        """Everything about one number of tokens."""
+        case, device = self.case, self.device
+        x = torch.randn(tokens, case.width, device=device, dtype=torch.bfloat16)
+        routings = self._routings(tokens)
+        ids, weights = routings[0]
+        active = ids.unique()
+        least = roofline(*case.cost(tokens, len(active)))
+        ours = [functools.partial(self.compiled, self.packed, x, *each) for each in routings]
+        plain = [functools.partial(self.plain, self.dense, x, *each) for each in routings]
+        few = sample(tokens, max(1, _MOST_SLOTS // case.top_k))
+        truth, found, rounded = self._exact(x[few], ids[few], weights[few]), ours[0](), plain[0]()
+        return Row(
+            kind="moe",
+            name=case.name,
+            shape=case.shape,
+            tokens=tokens,
+            fp4pass=microseconds(ours, device, least),
+            bf16=microseconds(plain, device, least),
+            triton=None,
+            roofline=least,
+            floor=floor([list(self._readings(each)) for each, _ in routings], device, least),
+            error=relative_error(found[few], truth) if found.isfinite().all() else float("nan"),
+            bf16_error=relative_error(rounded[few], truth),
+            kernel=chosen(device, _rows_an_expert(tokens * case.top_k, case.experts), experts=True),
+        )
+
+    def _routings(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(ids, weights) for calls in turn. With few tokens each goes to other experts than the one before it."""
+        case = self.case
+        scores, ids = torch.rand(tokens, case.experts, device=self.device).topk(case.top_k, -1)
+        weights = scores / scores.sum(-1, keepdim=True)
+        step = len(ids.unique())
+        count = copies(step * case.expert_bytes(), self.bytes_in_turn)
+        return [((ids + turn * step) % case.experts, weights) for turn in range(count)]
+
+    def _readings(self, ids: torch.Tensor) -> Iterator[Reading]:
+        for name in self.packed.matrices:
+            codes, scale, _ = self.packed.operands(name)
+            yield codes, scale, ids.unique()
+
+    def _exact(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        operands = (*self.packed.operands("up_proj"), *self.packed.operands("down_proj"))
+        return reference.experts(x.double(), ids, weights, *operands, "relu2", self.packed.layout, torch.float64)
+
+
+def _rows_an_expert(slots: int, experts: int) -> int:
+    """What kernels are chosen by; no sorting where each expert has one row at most, so a row of its own then."""
+    return 1 if slots <= experts else -(-slots // experts)
+
+
+def _random_weight(experts: int, n: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Codes, scale and global scales of normal weights with variance 1/K, so that activations keep their size."""
+    counts = (min(_EXPERTS_AT_ONCE, experts - start) for start in range(0, experts, _EXPERTS_AT_ONCE))
+    pieces = [nvfp4.quantize(torch.randn(count, n, k, device=device) / k**0.5) for count in counts]
+    codes, scale, factor = zip(*pieces, strict=True)
+    scale_bytes = torch.cat([part.view(torch.uint8) for part in scale])
+    return torch.cat(codes), scale_bytes.view(torch.float8_e4m3fn), torch.cat(factor)
+
+
+def _packed_module(case: Moe, up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...]) -> NVFP4Experts:
+    module = NVFP4Experts(_config(case), case.experts, case.width, case.inner)
+    parts = ("", "_scale", "_scale_2")
+    state = {f"up_proj{part}": tensor for part, tensor in zip(parts, up, strict=True)}
+    state |= {f"down_proj{part}": tensor for part, tensor in zip(parts, down, strict=True)}
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _dense_module(case: Moe, up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...]) -> NemotronHExperts:
+    with torch.device("meta"):
+        module = NemotronHExperts(_config(case))
+    module.up_proj, module.down_proj = (nn.Parameter(_rounded(*each), requires_grad=False) for each in (up, down))
+    return module
+
+
+def _rounded(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The dense weight in BF16, a few experts at a time."""
+    pieces = zip(*(part.split(_EXPERTS_AT_ONCE) for part in (codes, scale, factor)), strict=True)
+    return torch.cat([nvfp4.dequantize(*piece) for piece in pieces])
+
+
+def _config(case: Moe) -> NemotronHConfig:
+    config = NemotronHConfig(
+        hidden_size=case.width,
+        n_routed_experts=case.experts,
+        num_experts_per_tok=case.top_k,
+        moe_intermediate_size=case.inner,
+        mlp_hidden_act="relu2",
+    )
+    config._experts_implementation = "grouped_mm"
+    return config
