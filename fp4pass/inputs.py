@@ -15,12 +15,14 @@ import torch
 from torch import fx
 
 from fp4pass import _torch
-from fp4pass.match.cone import CODE_DTYPES
+from fp4pass.match.anchors import OPAQUE_PRODUCTS
+from fp4pass.match.cone import may_hold_codes
 from fp4pass.match.roles import TABLE_BYTES
 from fp4pass.match.structure import table_bytes
 
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+_PRODUCTS |= {name.split("::")[1] for name in OPAQUE_PRODUCTS}
 _LOOK_UPS = {"getitem", "embedding", "index", "index_select", "take", "take_along_dim", "gather"}
 
 
@@ -35,7 +37,8 @@ class CallInputs:
             _torch.is_static_input(example) or source.startswith("G[") or "__closure__" in source
             for example, source in zip(examples, sources, strict=True)
         ]
-        candidates = {i: examples[i] for i in _table_candidates(gm.graph, placeholders, examples) if self.constant[i]}
+        found = _table_candidates(gm.graph, placeholders, examples, self.constant)
+        candidates = {i: examples[i] for i in found if self.constant[i]}
         self.tables = {i: t.detach().cpu().clone() for i, t in candidates.items() if _torch.is_real(t)}
         self._stamps = self._stamps_of(examples)
 
@@ -95,10 +98,13 @@ def module_path(source: str) -> str:
     return plain[1] if plain else source
 
 
-def _table_candidates(graph: fx.Graph, placeholders: Sequence[fx.Node], examples: Sequence[Any]) -> Iterator[int]:
+def _table_candidates(
+    graph: fx.Graph, placeholders: Sequence[fx.Node], examples: Sequence[Any], constant: Sequence[bool]
+) -> Iterator[int]:
     """Small inputs that meet packed codes on the way to a product: what a decode table would do."""
     example_of = dict(zip(placeholders, examples, strict=True))
-    codes = {n for n, e in example_of.items() if _is(e) and e.dtype in CODE_DTYPES and e.dim() >= 2}
+    held = zip(placeholders, examples, constant, strict=True)
+    codes = {n for n, e, of_the_model in held if _is(e) and may_hold_codes(e, of_the_model)}
     experts = {example_of[n].shape[0] for n in codes if example_of[n].dim() == 3}
     small = {
         n
@@ -113,7 +119,7 @@ def _table_candidates(graph: fx.Graph, placeholders: Sequence[fx.Node], examples
         inputs = node.all_input_nodes
         reached = set().union(*(reach.get(n, ()) for n in inputs))
         if any(n in tainted for n in inputs):
-            tainted.add(node)
+            tainted |= {node, *_written(node)}
             # As many entries as there are experts: global scales, unless the codes pick among them.
             met |= {n for n in reached if _name(node) in _LOOK_UPS or example_of[n].numel() not in experts}
         elif reached:
@@ -127,7 +133,21 @@ def _is(example: Any) -> bool:
 
 def _may_be_table(tensor: torch.Tensor, codes: Sequence[torch.Tensor]) -> bool:
     """Not so the block scales of some codes: their values must stay out of the key."""
-    return tensor.element_size() != 1 or all(tensor.numel() * 8 != c.numel() for c in codes)
+    is_scale = tensor.dtype == torch.float8_e4m3fn or (
+        tensor.element_size() == 1 and any(c.numel() in (tensor.numel() * 8, tensor.numel() * 16) for c in codes)
+    )
+    return not is_scale
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """What an operation in place writes to: its first argument, and what that is a view of."""
+    name = _name(node)
+    if name != "setitem" and (name.startswith("__") or not name.endswith("_")):
+        return
+    target = node.args[0]
+    while isinstance(target, fx.Node) and target.op != "placeholder":
+        yield target
+        target = target.args[0] if target.args else None
 
 
 def _name(node: fx.Node) -> str:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import fx
 
-from fp4pass.match.anchors import anchor_of
+from fp4pass.match.anchors import anchor_of, is_product
 
 aten = torch.ops.aten
 
 CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+SMALLEST_WEIGHT = 256  # 16 rows of one block
 GATHERS = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
+
+
+class Inputs(Protocol):
+    """What the caller of the match knows of the graph's inputs and constants."""
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether the tensor belongs to the model (parameter, buffer, constant), not to the call."""
+
+    def table(self, node: fx.Node) -> torch.Tensor | None:
+        """The values of a small constant, where they are known and part of the cache key."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +43,40 @@ def value(node: fx.Node) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
-def holds_codes(node: fx.Node) -> bool:
-    """Whether an input or constant can hold packed codes: bytes, in two dimensions or more."""
+def may_hold_codes(tensor: torch.Tensor, of_the_model: bool) -> bool:
+    """Whether a tensor can hold packed codes: bytes in two dimensions or more. Of a model's own also a row of bytes, or
+    words of eight codes, which in arguments of a call are more likely ids."""
+    if tensor.dtype in CODE_DTYPES:
+        return tensor.dim() >= 2 or (of_the_model and tensor.dim() == 1 and tensor.numel() >= SMALLEST_WEIGHT // 2)
+    return of_the_model and tensor.dtype == torch.int32 and tensor.dim() in (2, 3)
+
+
+def holds_codes(node: fx.Node, inputs: Inputs | None = None) -> bool:
+    """Whether an input or constant can hold packed codes. Without ``inputs`` none is known to be of the model."""
     tensor = value(node)
     return (
         node.op in ("placeholder", "get_attr")
         and tensor is not None
-        and tensor.dtype in CODE_DTYPES
-        and tensor.dim() >= 2
+        and may_hold_codes(tensor, inputs is not None and inputs.is_constant(node))
     )
 
 
-def code_tainted(graph: fx.Graph) -> set[fx.Node]:
+def code_leaf(cone: Cone, inputs: Inputs) -> fx.Node:
+    """The leaf that holds the packed codes: a matrix before a row, the largest of these."""
+
+    def rank(leaf: fx.Node) -> tuple[bool, int]:
+        tensor = value(leaf)
+        return tensor.dim() > 1, tensor.numel() * tensor.element_size()
+
+    return max((leaf for leaf in cone.leaves if holds_codes(leaf, inputs)), key=rank)
+
+
+def code_tainted(graph: fx.Graph, inputs: Inputs | None = None) -> set[fx.Node]:
     """Nodes computed from packed codes without a matrix product in between."""
     tainted: set[fx.Node] = set()
     for node in graph.nodes:
-        if holds_codes(node) or (
-            node.op == "call_function" and anchor_of(node) is None and any(n in tainted for n in node.all_input_nodes)
+        if holds_codes(node, inputs) or (
+            node.op == "call_function" and not is_product(node) and any(n in tainted for n in node.all_input_nodes)
         ):
             tainted.add(node)
     return tainted

@@ -8,8 +8,8 @@ import torch
 
 from fp4pass.lowering.layout import PLAIN, PLAIN_HIGH_FIRST, to_plain
 from fp4pass.lowering.reference import decode_codes
-from fp4pass.match.convention import ABSENT, GROUP, LINEAR, MULTIPLY, Convention
-from fp4pass.match.fill import Fill, as_bytes, expected
+from fp4pass.match.convention import ABSENT, MULTIPLY, Convention, codes_by_rows, run
+from fp4pass.match.fill import Fill, as_bytes, decoded, expected, weight_shape
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.match.replay import Replay
 from fp4pass.match.roles import Roles
@@ -47,8 +47,8 @@ def _with(
 def _pair(roles: Roles, replay: Replay, fill: Fill, layout: str = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
     """(found, wanted) as ``[rows, K]``, the found one transposed if that makes the shapes agree."""
     mode = ABSENT if roles.global_scale is None else MULTIPLY
-    want = expected(Convention(layout, LINEAR, mode), roles, fill)
-    found = replay(fill.leaves, fill.sizes).to(torch.float64)
+    want = expected(Convention(layout, roles.arrangement, mode), roles, fill)
+    found = decoded(roles, replay, fill)
     if found.shape != want.shape or (want.shape[-1] == want.shape[-2] and _rows_last(roles, replay, fill, want)):
         found = found.mT
     return found.reshape(-1, want.shape[-1]), want.reshape(-1, want.shape[-1])
@@ -56,14 +56,14 @@ def _pair(roles: Roles, replay: Replay, fill: Fill, layout: str = PLAIN) -> tupl
 
 def _rows_last(roles: Roles, replay: Replay, fill: Fill, want: torch.Tensor) -> bool:
     """For a square weight: whether the transpose agrees in more places."""
-    found = replay(fill.leaves, fill.sizes).to(torch.float64)
+    found = decoded(roles, replay, fill)
     return int((found.mT == want).sum()) > int((found == want).sum())
 
 
 def _wrong_shape(roles: Roles, replay: Replay, fill: Fill) -> Refusal | None:
     mode = ABSENT if roles.global_scale is None else MULTIPLY
-    want = expected(Convention(PLAIN, LINEAR, mode), roles, fill)
-    found = replay(fill.leaves, fill.sizes)
+    want = expected(Convention(PLAIN, roles.arrangement, mode), roles, fill)
+    found = decoded(roles, replay, fill)
     if sorted(found.shape) == sorted(want.shape):
         return None
     if found.numel() * 2 == want.numel():
@@ -87,7 +87,9 @@ def _wrong_codes(roles: Roles, replay: Replay, fill: Fill) -> Refusal | None:
 
 def _code_numbers(roles: Roles, fill: Fill, layout: str) -> torch.Tensor:
     """The number 0 to 15 of the code behind every weight, ``[rows, K]``."""
-    codes = to_plain(as_bytes(fill.of(roles.codes)), layout)
+    *rows, k = weight_shape(roles, fill)
+    stored = codes_by_rows(run, roles.arrangement, as_bytes(fill.of(roles.codes)), [*rows, k // 2])
+    codes = to_plain(stored, layout)
     numbers = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
     return (numbers if roles.ids is None else numbers[fill.of(roles.ids)]).reshape(-1, roles.k)
 
@@ -112,9 +114,9 @@ def _wrong_scales(roles: Roles, replay: Replay, fill: Fill) -> Refusal | None:
         return None
     if (refusal := _some_rows(replay, found, want)) is not None:
         return refusal
-    blocks = found.unflatten(-1, (-1, GROUP))
+    blocks = found.unflatten(-1, (-1, roles.arrangement.group))
     if not torch.equal(blocks.amin(-1), blocks.amax(-1)):
-        return Refusal(Reason.GROUPS, "a block of 16 shows more than one scale")
+        return Refusal(Reason.GROUPS, f"a block of {roles.arrangement.group} shows more than one scale")
     if torch.equal(found.flatten().sort().values, want.flatten().sort().values):
         return Refusal(Reason.SCALES_MISPLACED, "every scale occurs, in other places")
     where = int((found != want).flatten().nonzero()[0])

@@ -14,11 +14,11 @@ import torch
 from torch import fx
 
 from fp4pass.match.cone import Cone, value
-from fp4pass.match.convention import GROUP, Convention, canonical
+from fp4pass.match.convention import GROUP, TILE_ROWS, Convention, canonical, tiles
 from fp4pass.match.dims import scaled
 from fp4pass.match.replay import Replay
 from fp4pass.match.roles import Roles
-from fp4pass.match.shapes import EXPERTS, GATHERED, ROWS, Sizes
+from fp4pass.match.shapes import EXPERTS, GATHERED, PADDED_ROWS, ROWS, Sizes
 
 SMALL_EXPERTS, SMALL_GATHERED = (2, 3), (5, 7)
 # Finite E4M3 bytes; the extreme ones are zero, the subnormals' ends, one, and the largest, of both signs.
@@ -60,7 +60,10 @@ def _sizes(roles: Roles, replay: Replay, which: int) -> Sizes:
     """Small sizes; the two choices share no factor, and rows suffice to show every byte several times."""
     rows = max(3, 1024 * GROUP // roles.k) + which
     wanted = {ROWS: rows, EXPERTS: SMALL_EXPERTS[which], GATHERED: SMALL_GATHERED[which]}
-    return {name: wanted[name] * replay.needs[name] for name in replay.needs}
+    sizes = {name: wanted[name] * needs for name, needs in replay.needs.items() if name != PADDED_ROWS}
+    if PADDED_ROWS in replay.needs:
+        sizes[PADDED_ROWS] = tiles(sizes[ROWS], 1)[0] * TILE_ROWS
+    return sizes
 
 
 def _fill(
@@ -77,7 +80,9 @@ def _fill(
     def shape(node: fx.Node) -> list[int]:
         return [scaled(dim, sizes or full) for dim in replay.leaf_shapes[node]]
 
-    codes = torch.randint(0, 256, shape(roles.codes), generator=generator, dtype=torch.uint8)
+    *lead, last = shape(roles.codes)
+    packed = [*lead, last * value(roles.codes).element_size()]
+    codes = torch.randint(0, 256, packed, generator=generator, dtype=torch.uint8)
     picks = torch.randint(0, len(scale_bytes), shape(roles.scale), generator=generator)
     leaves = {
         roles.codes: codes.view(value(roles.codes).dtype),
@@ -99,11 +104,25 @@ def _fill(
 
 
 def expected(convention: Convention, roles: Roles, fill: Fill) -> torch.Tensor | None:
-    """The weight that a convention makes of a fill's leaves."""
+    """The weight that a convention makes of a fill's leaves, or None where it cannot be one."""
+    shape = weight_shape(roles, fill)
     codes, scale = as_bytes(fill.of(roles.codes)), as_bytes(fill.of(roles.scale))
-    return canonical(convention, codes, scale, fill.of(roles.global_scale), fill.of(roles.ids))
+    weight = canonical(convention, codes, scale, fill.of(roles.global_scale), shape)
+    return weight if weight is None or roles.ids is None else weight[fill.of(roles.ids)]
+
+
+def weight_shape(roles: Roles, fill: Fill) -> list[int]:
+    """``[(E,) N, K]`` at the fill's sizes."""
+    sizes = fill.sizes or {}
+    return [*(sizes.get(EXPERTS, size) for size in roles.lead), sizes.get(ROWS, roles.n), roles.k]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The same storage as uint8."""
     return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)
+
+
+def decoded(roles: Roles, replay: Replay, fill: Fill) -> torch.Tensor:
+    """What the cone makes of a fill, in float64. A batch of one matrix, as einsum makes it, counts as the matrix."""
+    found = replay(fill.leaves, fill.sizes).to(torch.float64)
+    return found[0] if roles.experts is None and found.dim() == 3 and found.shape[0] == 1 else found

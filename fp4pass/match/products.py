@@ -9,12 +9,14 @@ from torch import fx
 
 from fp4pass import _torch
 from fp4pass.match.anchors import Anchor, anchor_of
-from fp4pass.match.cone import Cone, code_tainted, extract, holds_codes, value
+from fp4pass.match.cone import CODE_DTYPES, Cone, Inputs, code_leaf, code_tainted, extract, value
 from fp4pass.match.convention import Convention
 from fp4pass.match.proof import Weight, prove
 from fp4pass.match.reasons import Refusal
-from fp4pass.match.roles import Inputs, assign
+from fp4pass.match.roles import assign, scale_leaf
 from fp4pass.match.structure import Memo, structure, table_bytes
+
+Sizes = tuple[int | None, int, int]
 
 
 @dataclass(frozen=True)
@@ -36,40 +38,55 @@ class Product:
         """Whether the sum runs over the weight's rows N, as in a backward, not over K. Only for a proven weight."""
         return self.weight.rows_last == self.weight_left
 
+    @property
+    def sizes(self) -> Sizes:
+        """(experts, N, K) of the weight; for one that is not proven as its codes' shape has them."""
+        if isinstance(self.weight, Weight):
+            return self.weight.roles.sizes
+        codes = value(self.codes)
+        experts = codes.shape[0] if codes.dim() == 3 else None
+        rows = codes.shape[-2] if codes.dim() > 1 else 1
+        return experts, rows, 2 * codes.shape[-1] * codes.element_size()
+
 
 _VERDICTS = Memo()
 
 
 def find_products(graph: fx.Graph, inputs: Inputs) -> list[Product]:
     """All products that have an operand computed from packed codes, in graph order. Equal layers are proven once."""
-    tainted = code_tainted(graph)
+    tainted = code_tainted(graph, inputs)
     found = []
     for node in graph.nodes:
         anchor = anchor_of(node)
         if anchor is None:
             continue
-        for position in (anchor.left, anchor.right):
-            if node.args[position] in tainted:
-                found.append(_product(node, anchor, position == anchor.left, tainted, inputs))
-                break
-    return found
+        operands = [node.args[position] in tainted for position in (anchor.left, anchor.right)]
+        if any(operands):
+            found.append(_product(node, anchor, operands[0], tainted, inputs))
+    return [product for product in found if product is not None]
 
 
-def _product(node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.Node], inputs: Inputs) -> Product:
+def _product(node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.Node], inputs: Inputs) -> Product | None:
     weight_at, x_at = (anchor.left, anchor.right) if weight_left else (anchor.right, anchor.left)
     cone = extract(node.args[weight_at], tainted)
-    codes = max((leaf for leaf in cone.leaves if holds_codes(leaf)), key=lambda leaf: value(leaf).numel())
+    codes = code_leaf(cone, inputs)
+    if not _is_byte_matrix(codes) and scale_leaf(cone, codes) is None:
+        return None  # indices of some other kind
     with _torch.real_tensors(), torch.no_grad():
-        weight = _proven(cone, inputs)
+        weight = _proven(cone, codes, inputs)
     return Product(node, anchor, codes, node.args[x_at], weight_left, weight)
 
 
-def _proven(cone: Cone, inputs: Inputs) -> Weight | Refusal:
+def _is_byte_matrix(codes: fx.Node) -> bool:
+    return value(codes).dtype in CODE_DTYPES and value(codes).dim() > 1
+
+
+def _proven(cone: Cone, codes: fx.Node, inputs: Inputs) -> Weight | Refusal:
     """`prove`, or what it said of a cone of the same structure and tables. A verdict kept names no node."""
 
-    def find() -> tuple[Convention, bool] | Refusal:
-        found = prove(cone, inputs)
-        return found if isinstance(found, Refusal) else (found.convention, found.rows_last)
+    def find() -> tuple[Convention, bool, Sizes] | Refusal:
+        found = prove(cone, codes, inputs)
+        return found if isinstance(found, Refusal) else (found.convention, found.rows_last, found.roles.sizes)
 
     tables = [(leaf, inputs.table(leaf)) for leaf in cone.leaves]
     known = [
@@ -77,4 +94,9 @@ def _proven(cone: Cone, inputs: Inputs) -> Weight | Refusal:
     ]
     key = (structure((*cone.leaves, *cone.ids), cone.nodes), len(cone.ids), tuple(known))
     verdict = _VERDICTS(key, find)
-    return verdict if isinstance(verdict, Refusal) else Weight(assign(cone, inputs), *verdict)
+    if isinstance(verdict, Refusal):
+        return verdict
+    convention, rows_last, sizes = verdict
+    readings = assign(cone, codes, inputs)
+    roles = next(r for r in readings if r.sizes == sizes and r.arrangement == convention.arrangement)
+    return Weight(roles, convention, rows_last)

@@ -9,14 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
-from fp4pass.match.cone import Cone
+from fp4pass.match.cone import Cone, Inputs
 from fp4pass.match.convention import Convention, conventions
 from fp4pass.match.diagnosis import diagnose
-from fp4pass.match.fill import Fill, expected, fills
+from fp4pass.match.dims import NotRescalableError
+from fp4pass.match.fill import Fill, decoded, expected, fills
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.match.replay import Replay
-from fp4pass.match.roles import Inputs, Roles, ScaleShapeError, assign
+from fp4pass.match.roles import Roles, assign
 
 FULL_RUN_BYTES = 256 << 20
 BYTES_A_WEIGHT = 16
@@ -31,14 +33,24 @@ class Weight:
     rows_last: bool
 
 
-def prove(cone: Cone, inputs: Inputs) -> Weight | Refusal:
+def prove(cone: Cone, codes: fx.Node, inputs: Inputs) -> Weight | Refusal:
     """Prove that ``cone`` computes an NVFP4 weight and by which convention, or say why it does not."""
-    roles = assign(cone, inputs)
-    if isinstance(roles, Refusal):
-        return roles
+    readings = assign(cone, codes, inputs)
+    if isinstance(readings, Refusal):
+        return readings
+    verdicts = []
+    for roles in readings:
+        verdicts.append(_prove(cone, roles))
+        if isinstance(verdicts[-1], Weight):
+            return verdicts[-1]
+    return verdicts[0]
+
+
+def _prove(cone: Cone, roles: Roles) -> Weight | Refusal:
+    """`prove` for one reading of the leaves."""
     try:
         replay = Replay(roles.part(cone))
-    except ScaleShapeError as error:
+    except NotRescalableError as error:
         return Refusal(Reason.GROUPS, str(error))
     weights = roles.n * roles.k * (roles.experts or 1)
     if replay.why_full and weights * BYTES_A_WEIGHT > FULL_RUN_BYTES:
@@ -51,11 +63,10 @@ def prove(cone: Cone, inputs: Inputs) -> Weight | Refusal:
 
 def _explain(cone: Cone, roles: Roles, replay: Replay) -> Weight | Refusal:
     """The one convention that explains every fill."""
-    candidates = [(c, rows_last) for rows_last in (False, True) for c in conventions(roles.global_scale is not None)]
+    tries = conventions(roles.arrangement, roles.global_scale is not None)
+    candidates = [(each, rows_last) for rows_last in (False, True) for each in tries]
     for fill in fills(cone, roles, replay):
-        found = replay(fill.leaves, fill.sizes).to(torch.float64)
-        if roles.experts is None and found.dim() == 3 and found.shape[0] == 1:
-            found = found[0]  # a batch of one, as einsum makes it
+        found = decoded(roles, replay, fill)
         candidates = [(c, last) for c, last in candidates if _agrees(found.mT if last else found, c, roles, fill)]
         if not candidates:
             return diagnose(roles, replay, fill)

@@ -87,7 +87,16 @@ def _histc(numbers: torch.Tensor, *bins: Any) -> torch.Tensor:
     return aten.histc.default(numbers.float(), *bins).to(numbers.dtype)
 
 
-_CPU_FORMS: dict[Any, Callable[..., Any]] = {aten.histc.default: _histc}
+def _view_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return aten.view.dtype(tensor.contiguous(), dtype)
+
+
+# Strides may come out otherwise than they were traced, which is nothing to a reshape.
+_CPU_FORMS: dict[Any, Callable[..., Any]] = {
+    aten.histc.default: _histc,
+    aten.view.default: aten.reshape.default,
+    aten.view.dtype: _view_dtype,
+}
 
 
 def _on_cpu(named: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fp4pass.match import dims
 from fp4pass.match.dims import Dim, NotRescalableError, Shape, Symbol
 
-ROWS, EXPERTS, GATHERED = "N", "E", "S"
+ROWS, EXPERTS, GATHERED, PADDED_ROWS = "N", "E", "S", "P"
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -46,6 +46,15 @@ class Context:
     def outputs(self, node: fx.Node) -> list[Shape]:
         """The shapes of an input that is a list of tensors."""
         return self._shapes[node]
+
+    def rows_without_padding(self, dim: Dim, cut: fx.Node) -> Symbol | None:
+        """The rows, if ``dim`` holds them with padding at their end and the slice ``cut`` takes just that off."""
+        rows = next((s for s in self._symbols if s.name == ROWS), None)
+        holds_padded = bool(dim) and isinstance(dim[0], Symbol) and dim[0].name == PADDED_ROWS
+        if rows is None or not holds_padded or dims.size_of(dim) != dim[0].full:
+            return None
+        start, end, stride = _argument(cut, 2, "start"), _argument(cut, 3, "end"), _argument(cut, 4, "step", 1)
+        return rows if not start and end == rows.full and stride == 1 else None
 
     def literal(self, size: int, from_end: int) -> Dim:
         """A size that stands in a factory or an expand. A wrong reading makes the scaled run fail, never pass."""
@@ -212,7 +221,10 @@ def _slice(node: fx.Node, context: Context) -> Step:
     shape = context.shape(node.args[0])
     if _is_whole(node, 1):
         return Step(shape)
-    dim = _plain_dim(shape, _argument(node, 1, "dim", 0))
+    dim = _argument(node, 1, "dim", 0) % len(shape)
+    if (rows := context.rows_without_padding(shape[dim], node)) is not None:
+        return Step((*shape[:dim], (rows,), *shape[dim + 1 :]), lambda sizes: (node.args[0], dim, 0, sizes[rows.name]))
+    _plain_dim(shape, dim)
     return Step((*shape[:dim], _full_size(node, dim), *shape[dim + 1 :]))
 
 

@@ -10,7 +10,7 @@ from fp4pass.match.products import Product
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.passes.rewriter import ACTIVATION_DTYPES, Rewriter
 
-aten, ops = torch.ops.aten, torch.ops.fp4pass
+aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.fp4pass
 
 
 def rewrite_linear(rewriter: Rewriter) -> None:
@@ -38,17 +38,22 @@ def rewrite_linear(rewriter: Rewriter) -> None:
 
 def _build(rewriter: Rewriter, product: Product) -> fx.Node:
     call = rewriter.call
+    alpha, beta = (product.node.kwargs.get(name, 1) for name in ("alpha", "beta"))
     turned = product.weight_left and value(product.x).dim() > 1
     x = _turned(rewriter, product.x) if turned else product.x
     codes, scale, factor, layout = rewriter.operands(product)
-    bias = _fusable_bias(product)
+    if alpha != 1:
+        factor = call(aten.full.default, [], alpha) if factor is None else call(aten.mul.Tensor, factor, alpha)
+    bias = None if product.anchor.bias is None else _times(rewriter, product.node.args[product.anchor.bias], beta)
+    fused = bias is not None and _is_one_a_feature(product, bias)
     if product.sums_rows:
         out = call(ops.linear_backward.default, x, codes, scale, factor, layout)
     else:
-        out = call(ops.linear.default, x, codes, scale, factor, bias, layout)
+        inside = rewriter.reordered(aten.reshape.default, bias, [product.weight.roles.n]) if fused else None
+        out = call(ops.linear.default, x, codes, scale, factor, inside, layout)
     if turned:
         out = call(aten.clone.default, _turned(rewriter, out))
-    return out if bias is not None or product.anchor.bias is None else _add_bias(rewriter, product, out)
+    return out if fused or bias is None else _cast(rewriter, call(aten.add.Tensor, out, bias), value(out).dtype)
 
 
 def _turned(rewriter: Rewriter, node: fx.Node) -> fx.Node:
@@ -57,21 +62,17 @@ def _turned(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     return rewriter.call(aten.permute.default, node, [*lead, columns, rows])
 
 
-def _fusable_bias(product: Product) -> fx.Node | None:
-    """The bias where the op can add it: one value an output feature, unscaled."""
-    if product.anchor.bias is None or product.sums_rows or product.weight_left or product.node.kwargs:
-        return None
-    bias = product.node.args[product.anchor.bias]
-    return bias if tuple(value(bias).shape) == (product.weight.roles.n,) else None
+def _times(rewriter: Rewriter, node: fx.Node, number: float) -> fx.Node:
+    """``number * node`` in float32, where the product itself would have been rounded only once."""
+    return node if number == 1 else rewriter.call(aten.mul.Tensor, _cast(rewriter, node, torch.float32), number)
 
 
-def _add_bias(rewriter: Rewriter, product: Product, out: fx.Node) -> fx.Node:
-    """``beta * bias + alpha * out``, as addmm defines it."""
-    bias = product.node.args[product.anchor.bias]
-    for name in ("alpha", "beta"):
-        factor = product.node.kwargs.get(name, 1)
-        if factor != 1 and name == "alpha":
-            out = rewriter.call(aten.mul.Tensor, out, factor)
-        elif factor != 1:
-            bias = rewriter.call(aten.mul.Tensor, bias, factor)
-    return rewriter.call(aten.add.Tensor, out, bias)
+def _cast(rewriter: Rewriter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if value(node).dtype == dtype else rewriter.call(prims.convert_element_type.default, node, dtype)
+
+
+def _is_one_a_feature(product: Product, bias: fx.Node) -> bool:
+    """Whether the op can add the bias: one value an output feature."""
+    shape = value(bias).shape
+    n = product.weight.roles.n
+    return not product.sums_rows and not product.weight_left and shape[-1:] == (n,) and shape.numel() == n

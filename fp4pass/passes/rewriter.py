@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import fx
 from fp4pass import _torch
 from fp4pass.inputs import GraphInputs
 from fp4pass.match.cone import value
-from fp4pass.match.convention import ABSENT, DIVIDE, GROUP, SWIZZLED
+from fp4pass.match.convention import ABSENT, DIVIDE, GROUP, codes_by_rows, scales_by_rows
 from fp4pass.match.products import Product, find_products
 from fp4pass.match.proof import Weight
 from fp4pass.match.reasons import Reason, Refusal
@@ -32,27 +33,28 @@ class Rewriter:
     fails before that the graph still computes what it did, and the product is refused with the failure as its reason.
     """
 
-    def __init__(self, graph: fx.Graph, inputs: GraphInputs, lowering: str) -> None:
-        self.graph, self.lowering = graph, lowering
+    def __init__(self, graph: fx.Graph, inputs: GraphInputs, lowering: str, activations: str = "bf16") -> None:
+        self.graph, self.inputs, self.lowering, self.activations = graph, inputs, lowering, activations
         self.rewritten: list[Entry] = []
         self.refused: list[Entry] = []
-        self.products: list[Product] = []
         self._at: fx.Node | None = None
         self._moved: dict[fx.Node, fx.Node] = {}
-        found = find_products(graph, inputs)
-        self.products = [p for p in found if isinstance(p.weight, Weight)]
-        for product in found:
-            if isinstance(product.weight, Refusal):
-                self.refuse(product, product.weight)
 
-    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+    @functools.cached_property
+    def products(self) -> list[Product]:
+        """The proven products that no pass has taken yet. Looked for when first asked for, after un-fusing."""
+        found = find_products(self.graph, self.inputs)
+        self.refused += [self._refusal(p, p.weight) for p in found if isinstance(p.weight, Refusal)]
+        return [p for p in found if isinstance(p.weight, Weight)]
+
+    def call(self, target: Callable[..., Any], *args: Any, **named: Any) -> fx.Node:
         """Emit a call before the node that is being replaced, with its fake result. Nodes replaced before stand for
         what is in their place now."""
         args = fx.node.map_arg(args, self._current)
         with self.graph.inserting_before(self._at):
-            node = self.graph.call_function(target, args)
+            node = self.graph.call_function(target, args, named)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])
-        node.meta["val"] = target(*values)
+        node.meta["val"] = target(*values, **named)
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in self._at.meta:
                 node.meta[name] = self._at.meta[name]
@@ -83,32 +85,28 @@ class Rewriter:
 
     def refuse(self, product: Product, refusal: Refusal) -> None:
         """Leave a product, with the reason."""
-        entry = self._entry([product], str(product.node.target))
-        self.refused.append(replace(entry, lowering="", reason=str(refusal), remedy=refusal.reason.remedy))
+        self.refused.append(self._refusal(product, refusal))
         self._drop([product])
 
     def operands(self, product: Product) -> tuple[fx.Node, fx.Node, fx.Node | None, str]:
         """(codes, scale, global scale, layout) as the ops take them, emitting what turns them into that."""
         roles, convention = product.weight.roles, product.weight.convention
-        codes, scale, factor = roles.codes, roles.scale, roles.global_scale
-        if value(codes).dtype != torch.uint8:
-            codes = self.call(aten.view.dtype, codes, torch.uint8)
-        if value(scale).dtype != torch.uint8:
-            scale = self.call(aten.view.dtype, scale, torch.uint8)
-        lead = [] if roles.experts is None else [roles.experts]
-        want = [*lead, roles.n, roles.k // GROUP]
-        if convention.scales == SWIZZLED:
-            scale = self._unswizzled(scale, want)
-        elif list(value(scale).shape) != want:
-            scale = self.call(aten.reshape.default, scale, want)
+        rows = [*roles.lead, roles.n]
+        stored, emit = convention.arrangement, self.reordered
+        codes = codes_by_rows(emit, stored, self._bytes(roles.codes), [*rows, roles.k // 2])
+        scale = scales_by_rows(emit, stored, self._bytes(roles.scale), [*rows, roles.k // GROUP])
+        factor = roles.global_scale
         if factor is not None:
-            factor = self._factor(factor, convention.global_scale, lead)
+            factor = self._factor(factor, convention.global_scale, roles.lead)
         return codes, scale, factor, convention.layout
 
-    def _unswizzled(self, scale: fx.Node, want: list[int]) -> fx.Node:
-        *_, rows, groups = want
-        tiles = self.call(aten.reshape.default, scale, [-1, rows // 128, groups // 4, 32, 4, 4])
-        return self.call(aten.reshape.default, self.call(aten.permute.default, tiles, [0, 1, 4, 3, 2, 5]), want)
+    def _bytes(self, node: fx.Node) -> fx.Node:
+        return node if value(node).dtype == torch.uint8 else self.call(aten.view.dtype, node, torch.uint8)
+
+    def reordered(self, op: Callable[..., Any], tensor: fx.Node, *args: Any, **named: Any) -> fx.Node:
+        """`call`, where a reshape to the shape that a tensor has already is nothing to do."""
+        is_there = op is aten.reshape.default and list(value(tensor).shape) == args[0]
+        return tensor if is_there else self.call(op, tensor, *args, **named)
 
     def _factor(self, factor: fx.Node, mode: str, lead: list[int]) -> fx.Node | None:
         """The global scale in float32, as a multiplier, one value or one an expert."""
@@ -121,18 +119,21 @@ class Rewriter:
         shape = lead if value(factor).numel() > 1 else []
         return factor if list(value(factor).shape) == shape else self.call(aten.reshape.default, factor, shape)
 
+    def _refusal(self, product: Product, refusal: Refusal) -> Entry:
+        entry = self._entry([product], str(product.node.target))
+        return replace(entry, lowering="", reason=str(refusal), remedy=refusal.reason.remedy)
+
     def _entry(self, products: Sequence[Product], op: str) -> Entry:
         first = products[0]
-        codes = value(first.codes)
-        weight = first.weight
+        experts, n, k = first.sizes
         positions = (_torch.input_position(p.codes) for p in products)
         return Entry(
             module="",
             op=op,
-            n=codes.shape[-2],
-            k=weight.roles.k if isinstance(weight, Weight) else 2 * codes.shape[-1],
-            experts=codes.shape[0] if codes.dim() == 3 else 0,
-            source=str(weight.convention) if isinstance(weight, Weight) else "",
+            n=n,
+            k=k,
+            experts=experts or 0,
+            source=str(first.weight.convention) if isinstance(first.weight, Weight) else "",
             lowering=self.lowering,
             inputs=tuple(p for p in positions if p is not None),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp4pass import _torch
 from fp4pass.backend import compile_graph
@@ -96,3 +97,32 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of the difference over the norm of ``exact``, in float64."""
     return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+@dataclass(frozen=True)
+class Known:
+    """`fp4pass.match.roles.Inputs` for a graph of `traced`: what is not of the call belongs to the model."""
+
+    tables: Mapping[str, torch.Tensor]
+    of_the_call: frozenset[str]
+
+    def is_constant(self, node: fx.Node) -> bool:
+        return node.name not in self.of_the_call
+
+    def table(self, node: fx.Node) -> torch.Tensor | None:
+        if node.op == "get_attr":
+            return getattr(node.graph.owning_module, node.target)
+        return self.tables.get(node.name)
+
+
+def traced(function: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """The graph that the passes see of ``function(**inputs)``, its placeholders named as the inputs. Without dynamo,
+    and so in a tenth of the time that `compiling` takes."""
+    names = list(inputs)
+    plain = torch.func.functionalize(lambda *given: function(**dict(zip(names, given, strict=True))))
+    trace = make_fx(plain, decomposition_table=_torch.decompositions_keeping_products(), tracing_mode="fake")
+    with torch.no_grad():
+        graph_module = trace(*inputs.values())
+    for node, name in zip(graph_module.graph.find_nodes(op="placeholder"), names, strict=True):
+        node.name = name
+    return graph_module

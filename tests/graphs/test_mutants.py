@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from fp4pass.passes.linear import rewrite_linear
 from fp4pass.passes.rewriter import Rewriter
 from fp4pass.pipeline import Fp4Pass
 
-from .running import activations, compiling, relative_error
+from .running import Known, activations, compiling, relative_error
 from .spellings import LINEARS, PRODUCTS_OF_EXPERTS, K, Packed
 
 aten = torch.ops.aten
@@ -29,20 +28,6 @@ SWAPPED = {
     aten.add.Tensor: aten.sub.Tensor,
     aten.neg.default: aten.abs.default,
 }
-
-
-@dataclass(frozen=True)
-class Constants:
-    """`fp4pass.match.roles.Inputs`: every tensor but the activation and the ids belongs to the model."""
-
-    tables: dict[str, torch.Tensor]
-    of_the_call: frozenset[str]
-
-    def is_constant(self, node: fx.Node) -> bool:
-        return node.name not in self.of_the_call
-
-    def table(self, node: fx.Node) -> torch.Tensor | None:
-        return self.tables.get(node.name)
 
 
 @pytest.fixture
@@ -79,7 +64,7 @@ def _bind(graph, module, inputs):
         bound[node.name] = by_kind[tuple(held.shape), held.dtype]
     calls = frozenset(name for name, value in bound.items() if any(value.data_ptr() == i.data_ptr() for i in inputs))
     tables = {name: value for name, value in bound.items() if value.data_ptr() == module.table.data_ptr()}
-    return list(bound.values()), Constants(tables, calls)
+    return list(bound.values()), Known(tables, calls)
 
 
 def mutants(graph):

@@ -71,10 +71,6 @@ def first_block_of_eight(m, dtype):
     return (values_of(m) * torch.cat((wide[:, 8:], wide[:, -8:]), 1) * m.factor).to(dtype)
 
 
-def blocks_of_32(m, dtype):
-    return (values_of(m) * m.scale.float().repeat_interleave(32, 1) * m.factor).to(dtype)
-
-
 def neighbours_swapped(m, dtype):
     return scaled(m, values_of(m).unflatten(-1, (-1, 4)).flip(-1).flatten(-2), dtype)
 
@@ -105,10 +101,6 @@ def scales_of_the_next_row(m, dtype):
 
 def scales_rolled(m, dtype):
     return (blocks(values_of(m)) * (m.scale.float().roll(1, 0) * m.factor).unsqueeze(-1)).flatten(-2).to(dtype)
-
-
-def scales_transposed(m, dtype):
-    return (blocks(values_of(m)) * (m.scale.float().t() * m.factor).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def scales_clamped(m, dtype):
@@ -171,17 +163,6 @@ DECODES = [
 @pytest.mark.parametrize("decode, reason", [pytest.param(*case, id=case[0].__name__) for case in DECODES])
 def test_another_decode(decode, reason):
     assert_refused(Packed(replace(PLAIN, decode=decode)), (activations(3, K),), reason)
-
-
-def test_blocks_of_32():
-    module = Packed(replace(PLAIN, decode=blocks_of_32, shape=(48, 96)))
-    module.scale = nn.Parameter(module.scale[:, :3].clone(), requires_grad=False)
-    assert_refused(module, (activations(3, 96),), Reason.GROUPS, "block scales [48, 3], expected [48, 6]")
-
-
-def test_scales_read_in_transposed_order():
-    module = Packed(replace(PLAIN, decode=scales_transposed, shape=(16, 256)))
-    assert_refused(module, (activations(3, 256),), Reason.SCALES_MISPLACED)
 
 
 def test_an_activation_in_the_weight():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp4pass.match.convention import Convention
+from fp4pass.match.convention import Arrangement, Convention
 
 from . import decodes
 from .running import activations, called, compiling, relative_error
@@ -28,7 +28,7 @@ def every_dtype(spellings):
 def assert_rewritten(run, spelling: Spelling):
     (entry,) = run.report.rewritten
     assert not run.report.refused
-    convention = Convention(spelling.layout, spelling.scales, spelling.global_scale)
+    convention = Convention(spelling.layout, Arrangement(scales=spelling.scales), spelling.global_scale)
     assert (entry.op, entry.source) == (spelling.op, str(convention))
     assert (entry.n, entry.k, entry.experts) == (*spelling.shape, spelling.experts)
     assert called(run.graphs[0]).count(f"{spelling.op}.default") == 1
@@ -84,7 +84,7 @@ def test_a_bias_goes_into_the_op():
 
 
 @pytest.mark.parametrize(
-    "shape, factors", [((N,), {"alpha": 2, "beta": 3}), ((3, N), {}), ((1,), {}), ((3, 1), {"beta": 2})]
+    "shape, factors", [((3, N), {"alpha": 2, "beta": 3}), ((3, N), {}), ((1,), {}), ((3, 1), {"beta": 2})]
 )
 def test_what_the_op_cannot_add_is_added_after_it(shape, factors):
     def multiply(m, x, _):
@@ -93,6 +93,20 @@ def test_what_the_op_cannot_add_is_added_after_it(shape, factors):
     module = Packed(replace(PLAIN, multiply=multiply))
     module.other = torch.nn.Parameter(activations(*shape))
     assert "aten.add.Tensor" in called(rewritten(module, activations(3, K)).graphs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decode", [decodes.table_of_16, decodes.without_global])
+@torch.no_grad()
+def test_a_scaled_bias_and_a_scaled_product_are_rounded_once(decode, dtype):
+    def multiply(m, x, _):
+        return torch.addmm(m.bias.to(x.dtype), x, m.weight(x.dtype).t(), alpha=3, beta=0.7)
+
+    module, x = Packed(replace(PLAIN, decode=decode, multiply=multiply), bias=True), activations(3, K, dtype=dtype)
+    exact = 3 * (x.double() @ module.weight(torch.float64).T) + 0.7 * module.bias.to(dtype).double()
+    run = compiling(module, {"check": True})
+    assert_no_worse(run(x), module(x), exact)
+    assert "aten.add.Tensor" not in called(run.graphs[0])
 
 
 def test_two_products_share_one_weight():

@@ -133,8 +133,8 @@ def test_scales_in_tiles_and_a_global_scale_that_divides(passes):
         passes[1],
         """\
 t4 = aten.view.dtype(in1, torch.uint8)  # uint8[128x12]
-t5 = aten.reshape.default(t4, [-1, 1, 3, 32, 4, 4])  # uint8[1x1x3x32x4x4]
-t6 = aten.permute.default(t5, [0, 1, 4, 3, 2, 5])  # uint8[1x1x4x32x3x4]
+t5 = aten.reshape.default(t4, [1, 3, 32, 4, 4])  # uint8[1x3x32x4x4]
+t6 = aten.permute.default(t5, [0, 3, 2, 1, 4])  # uint8[1x4x32x3x4]
 t7 = aten.reshape.default(t6, [128, 12])  # uint8[128x12]
 t8 = aten.reciprocal.default(in3)  # float32[]
 t9 = fp4pass.linear.default(in0, in2, t7, t8, None, plain)  # bfloat16[3x128]
