@@ -63,10 +63,11 @@ class _Block:
         x = torch.randn(tokens, case.width, device=device, dtype=torch.bfloat16)
         routings = self._routings(tokens)
         ids, weights = routings[0]
-        active = ids.unique()
-        least = roofline(*case.cost(tokens, len(active)))
+        active = len(ids.unique())
+        least = roofline(*case.cost(tokens, active))
         ours = [functools.partial(self.compiled, self.packed, x, *each) for each in routings]
         plain = [functools.partial(self.plain, self.dense, x, *each) for each in routings]
+        readings = [list(self._readings(each)) for each, _ in routings]
         few = sample(tokens, max(1, _MOST_SLOTS // case.top_k))
         truth, found, rounded = self._exact(x[few], ids[few], weights[few]), ours[0](), plain[0]()
         return Row(
@@ -78,7 +79,7 @@ class _Block:
             bf16=microseconds(plain, device, least),
             triton=None,
             roofline=least,
-            floor=floor([list(self._readings(each)) for each, _ in routings], device, least),
+            floor=floor(readings, device, roofline(active * case.expert_bytes(), 0)),
             error=relative_error(found[few], truth) if found.isfinite().all() else float("nan"),
             bf16_error=relative_error(rounded[few], truth),
             kernel=chosen(device, _rows_an_expert(tokens * case.top_k, case.experts), experts=True),
@@ -89,9 +90,10 @@ class _Block:
         case = self.case
         scores, ids = torch.rand(tokens, case.experts, device=self.device).topk(case.top_k, -1)
         weights = scores / scores.sum(-1, keepdim=True)
-        step = len(ids.unique())
-        count = copies(step * case.expert_bytes(), self.bytes_in_turn)
-        return [((ids + turn * step) % case.experts, weights) for turn in range(count)]
+        active, ranks = ids.unique(return_inverse=True)
+        others = torch.randperm(case.experts, device=self.device)
+        turns = range(copies(len(active) * case.expert_bytes(), self.bytes_in_turn))
+        return [(others[(ranks + turn * len(active)) % case.experts], weights) for turn in turns]
 
     def _readings(self, ids: torch.Tensor) -> Iterator[Reading]:
         for name in self.packed.matrices:

@@ -41,6 +41,8 @@ def plot(run: Run, file: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
+        ticks = sorted({row.tokens for row in rows})
+        axes.set_xticks(ticks, [str(tokens) for tokens in ticks], fontsize=7)
         axes.set_ylim(bottom=0)
         axes.set(xlabel="tokens", ylabel="time of BF16 / time of fp4pass", title=_TITLES.get(kind, kind))
         axes.grid(alpha=0.3)

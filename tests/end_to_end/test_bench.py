@@ -105,10 +105,13 @@ def test_a_wrong_result_has_no_ratio(spoil, monkeypatch):
 
 
 def test_calls_in_turn_go_to_other_experts_while_there_are_others():
-    block = moe._Block(cases.Moe("block", 8, 2, 16, 16), CPU, 4 * 2 * cases.packed_bytes(2 * 16 * 16), "eager")
-    first, second, third, _ = (set(ids.flatten().tolist()) for ids, _ in block._routings(1))
-    assert len(first) == 2 and not first & second and not second & third
-    assert all(0 <= expert < 8 for expert in first | second | third)
+    case = cases.Moe("block", 8, 2, 16, 16)
+    block = moe._Block(case, CPU, 4 * 2 * case.expert_bytes(), "eager")
+    chosen = [ids.flatten().tolist() for ids, _ in block._routings(1)]
+    assert sorted(sum(chosen, [])) == list(range(8)) and len(chosen) == 4
+    ids, weights = block._routings(5)[0]
+    assert all(len(set(row)) == 2 for row in ids.tolist())
+    assert torch.allclose(weights.sum(-1), torch.ones(5))
 
 
 def test_a_stored_run_comes_back(stored):
