@@ -1,5 +1,6 @@
 # Each target sets itself up in .venv on a fresh machine. TORCH= takes another version, and pip's options with it:
 #   make test TORCH="torch==2.11.0 --index-url https://..."
+# ARGS= goes to the benchmark: make bench ARGS="moe --json run.json"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -19,7 +20,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 bench: .venv/ready
-	$(BIN)/python -m fp4pass bench
+	$(BIN)/python -m fp4pass bench $(ARGS)
 
 # torch first and by itself: with a CPU build in place nothing later pulls the CUDA packages in.
 .venv/ready: pyproject.toml
