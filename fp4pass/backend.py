@@ -13,9 +13,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fp4pass import _torch
-from fp4pass.errors import UnmatchedError
+from fp4pass.errors import ActivationError, UnmatchedError
 from fp4pass.inputs import CallInputs
 from fp4pass.lowering import ops  # noqa: F401  # registers what a cached graph calls
+from fp4pass.match.reasons import Reason
 from fp4pass.options import Options
 from fp4pass.pipeline import Fp4Pass, experts_without_backward
 from fp4pass.report import Report, Store, remember
@@ -44,6 +45,7 @@ def fp4pass(
     Raises:
         OptionError: an option is unknown or has a wrong value.
         UnmatchedError: a product was left and ``require_match`` is set.
+        ActivationError: an activation in FP4 or FP8 cannot be turned back without inventing a scale.
         GradientError: a backward would have to save a dequantized weight.
     """
     parsed = Options.parse(mode, options)
@@ -141,6 +143,7 @@ def _announce(report: Report, options: Options) -> None:
     _torch.emit_trace("fp4pass_report", report.to_json)
     if not report.refused:
         return
+    _refuse_lost_activations(report)
     first = report.refused[0]
     if options.require_match:
         raise UnmatchedError(
@@ -155,6 +158,20 @@ def _announce(report: Report, options: Options) -> None:
         Fp4passWarning,
         stacklevel=2,
     )
+
+
+def _refuse_lost_activations(report: Report) -> None:
+    """Raise ActivationError for an FP4 or FP8 activation that is left: below SM100 it would fail, or come out wrong."""
+    reasons = Reason.FP4_ACTIVATION, Reason.FP4_CONSUMER, Reason.FP8_ACTIVATION
+    lost = [e for e in report.refused if e.reason.startswith(tuple(reason.sentence for reason in reasons))]
+    if lost:
+        first = lost[0]
+        raise ActivationError(
+            f"{first.module or 'an unnamed module'} ({first.op}): {first.reason}",
+            seen=f"{len(lost)} operations with a quantized activation that cannot be turned back",
+            expected="every quantized activation traced to what was quantized, so that no scale is invented",
+            do=f"{first.remedy}; fp4pass.last_report() lists all",
+        )
 
 
 def _key(gm: fx.GraphModule, examples: Sequence[Any], ours: Fp4Pass) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 from fp4pass import _torch
 from fp4pass.errors import OptionError
 
+BF16, EMULATE = "bf16", "emulate"
+ACTIVATIONS = (BF16, EMULATE)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -20,7 +23,9 @@ class Options:
     target_sm: compile as for this GPU generation (80, 86, 89, 90, ...) instead of the one at hand.
     require_match: raise UnmatchedError when a quantized product is left as it was, instead of warning.
     disable: names of passes to leave out (see ``fp4pass.pipeline.PASSES``).
-    check: re-derive the metadata of every node after the passes and compare.
+    check: re-derive the metadata of every node after each pass and compare.
+    activations: ``"bf16"`` removes activation quantization, ``"emulate"`` rounds to FP4 as Blackwell would, in plain
+        operations.
     inductor: further settings of Inductor's, as (name, value) pairs.
     """
 
@@ -29,6 +34,7 @@ class Options:
     require_match: bool = False
     disable: tuple[str, ...] = ()
     check: bool = False
+    activations: str = "bf16"
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -72,6 +78,7 @@ class Options:
             ),
             "require_match": (isinstance(self.require_match, bool), "True or False"),
             "check": (isinstance(self.check, bool), "True or False"),
+            "activations": (self.activations in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
             "disable": (
                 isinstance(self.disable, tuple) and all(name in names for name in self.disable),
                 f"a list of passes among {', '.join(names)}",

@@ -23,6 +23,7 @@ from fp4pass.passes.experts import rewrite_experts
 from fp4pass.passes.linear import rewrite_linear
 from fp4pass.passes.moe import rewrite_moe
 from fp4pass.passes.rewriter import Rewriter, alike
+from fp4pass.passes.unfuse import unfuse
 from fp4pass.report import Report
 from fp4pass.target import Target
 
@@ -39,7 +40,8 @@ class Pass:
 
 
 PASSES: tuple[Pass, ...] = (
-    Pass("linear", rewrite_linear, "first: single matrices, which no later pass looks at"),
+    Pass("unfuse", unfuse, "first: the others look at plain products only"),
+    Pass("linear", rewrite_linear, "single matrices, which no later pass looks at"),
     Pass("moe", rewrite_moe, "before their products are taken one by one: a block is only seen whole"),
     Pass("experts", rewrite_experts, "last: what no whole block took"),
 )
@@ -61,10 +63,11 @@ class Fp4Pass(_torch.CustomGraphPass):
         """Rewrite ``graph`` in place and leave the outcome in ``report``."""
         for other in self._before:
             other(graph)
-        rewriter = Rewriter(graph, GraphInputs(self._call), self._target.lowering)
-        if self._target.refusal is not None:
+        rewriter = Rewriter(graph, GraphInputs(self._call), self._target.lowering, self._options.activations)
+        served = self._target.refusal is None
+        if not served:
             self._refuse_rest(rewriter, Refusal(self._target.refusal, self._target.name))
-        failures = [name for each in PASSES if (name := self._run(each, rewriter))]
+        failures = [name for each in PASSES if served and (name := self._run(each, rewriter))]
         left = Refusal(Reason.FAILED, "; ".join(failures)) if failures else Refusal(Reason.DISABLED)
         self._refuse_rest(rewriter, left)
         graph.eliminate_dead_code()
@@ -72,8 +75,6 @@ class Fp4Pass(_torch.CustomGraphPass):
         self.report = Report(tuple(rewriter.rewritten), tuple(rewriter.refused), self._target.name)
         if _torch.is_training(graph):
             _refuse_saved_weights(self.report)
-        if self._options.check:
-            check_metadata(graph)
 
     def uuid(self) -> Any:
         """Everything that the outcome depends on beside the graph; None (no caching) if another pass has none."""
@@ -91,6 +92,8 @@ class Fp4Pass(_torch.CustomGraphPass):
         except Exception as error:  # a failure of ours must not take the user's model down
             log.exception("pass %s failed", each.name)
             return f"pass {each.name}: {type(error).__name__}: {error}"
+        if self._options.check:
+            check_metadata(rewriter.graph)
         return ""
 
     def _refuse_rest(self, rewriter: Rewriter, refusal: Refusal) -> None:

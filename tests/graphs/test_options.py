@@ -59,7 +59,7 @@ def test_an_unknown_option_names_the_nearest(asked, nearest):
 
 def test_an_option_unlike_any_other_gets_the_list():
     with pytest.raises(
-        OptionError, match="one of check, disable, mode, require_match, target_sm, or a setting"
+        OptionError, match="one of activations, check, disable, mode, require_match, target_sm, or a setting"
     ) as caught:
         Options.parse(options={"zzz": 1})
     assert "did you mean" not in caught.value.do

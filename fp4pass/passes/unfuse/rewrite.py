@@ -1,0 +1,255 @@
+"""The rules of un-fusing, in any order: each does what it can without the others."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace as Arguments
+from typing import Any
+
+import torch
+
+from fp4pass.lowering.reference import expert_of_row
+from fp4pass.match.anchors import anchor_of
+from fp4pass.match.cone import CODE_DTYPES, code_tainted, value
+from fp4pass.match.reasons import Reason, Refusal
+from fp4pass.passes.rewriter import Rewriter
+from fp4pass.passes.unfuse import twins
+from fp4pass.passes.unfuse.activations import Activation, Activations
+from fp4pass.passes.unfuse.calls import Call, pick
+from fp4pass.passes.unfuse.emit import emit
+from fp4pass.passes.unfuse.graph import ROWS, FusedGraph, Matrix, origin, shaped_like, variant
+from fp4pass.passes.unfuse.rows import GROUPED, SUM, UNCHANGED, VALUE, Experts, Product, Quantizer, RoundTrip
+from fp4pass.passes.unfuse.written_out import casts_to_e4m3, find_round_trip
+
+log = logging.getLogger("fp4pass.passes")
+
+Rule = Callable[[FusedGraph, Activations], None]
+
+
+def unfuse(rewriter: Rewriter) -> None:
+    """Operations that need SM100, as their plain twins with the product behind them in 16-bit activations.
+
+    Given, for one of the rows of the tables (see `fp4pass.passes.unfuse.quantizers` and ``products``)::
+
+        %normed, %codes, %scales = auto_deploy.trtllm_rms_norm_quant_nvfp4(%x, %weight, eps, %factor)
+        %out = trtllm.nvfp4_gemm(%codes, %w, %scales, %w_scales, %alpha, bfloat16)
+
+    Result::
+
+        %normed = <RMSNorm in plain operations>
+        %out = fp4pass.linear(%normed, %w, <%w_scales in rows>, %alpha * %factor, None, plain)
+
+    Emulating::
+
+        %out = fp4pass.linear(<%normed x %factor, rounded to FP4>, %w, <%w_scales in rows>, %alpha, None, plain)
+    """
+    graph = FusedGraph(rewriter)
+    activations = Activations(graph)
+    for rule in RULES:
+        rule(graph, activations)
+    rewriter.graph.eliminate_dead_code()
+    _refuse_what_is_left(graph)
+
+
+def replace_products(graph: FusedGraph, activations: Activations) -> None:
+    """FP4 products, dense and grouped, one by one."""
+    for call in graph.calls:
+        row = ROWS[call.name]
+        if isinstance(row, Product) and _holds_fp4(call, row):
+            _attempt(graph, call, _weight_of(call, row), lambda c=call, r=row: _product(graph, activations, c, r))
+
+
+def replace_expert_blocks(graph: FusedGraph, activations: Activations) -> None:
+    """Whole blocks of experts."""
+    for call in graph.calls:
+        row = ROWS[call.name]
+        if isinstance(row, Experts):
+            weight = Matrix.of(pick(call.bound(row.argument_names), row.codes))
+            _attempt(graph, call, weight, lambda c=call, r=row: _experts(graph, activations, c, r))
+
+
+def replace_plain_results(graph: FusedGraph, activations: Activations) -> None:
+    """What quantizing operations give beside the codes: normed values, residual sums, untouched arguments."""
+    for call in graph.calls:
+        row = ROWS[call.name]
+        if not isinstance(row, Quantizer):
+            continue
+        twin = activations.twin(call)
+        if isinstance(twin, Refusal):
+            graph.refuse(call, twin)
+            continue
+        for key, role in row.results(call.bound(row.argument_names)).items():
+            if role in (VALUE, SUM) and twin[role] is not None:
+                graph.put(call, key, twin[role])
+            elif role == UNCHANGED:
+                graph.put(call, key, call.arguments[key])
+
+
+def remove_round_trips(graph: FusedGraph, activations: Activations) -> None:
+    """Activations rounded to FP4 and back in plain operations, before a product with packed weights."""
+    whole = graph.rewriter.graph
+    if graph.emulate or not any(casts_to_e4m3(node) for node in whole.nodes):
+        return
+    tainted = code_tainted(whole, graph.rewriter.inputs)
+    for node in list(whole.nodes):
+        anchor = anchor_of(node)
+        if anchor is None:
+            continue
+        left, right = node.args[anchor.left], node.args[anchor.right]
+        for x, weight in ((left, right), (right, left)):
+            source = find_round_trip(x, graph.rewriter.inputs) if weight in tainted and x not in tainted else None
+            if source is not None:
+                dtype = value(x).dtype
+                source = emit(node, lambda t, d=dtype: t.to(d), source)
+                node.replace_input_with(x, shaped_like(node, source, x))
+
+
+def replace_fake_quantization(graph: FusedGraph, activations: Activations) -> None:
+    """One op that rounds an activation to FP4 and back. A weight that goes through it is dense: nothing to rewrite."""
+    for call in graph.calls:
+        row = ROWS[call.name]
+        if not isinstance(row, RoundTrip):
+            continue
+        arguments = call.bound(row.argument_names)
+        x, amax = arguments[row.x], arguments[row.amax]
+        if variant(row, arguments) is not None:
+            continue  # another format, which is not ours and needs no SM100
+        if origin(x).op == "placeholder" and graph.rewriter.inputs.is_constant(origin(x)):
+            graph.refuse(call, Refusal(Reason.DENSE))
+        elif graph.emulate:
+            graph.put(call, 0, emit(call.node, _fake_quantized, x, amax))
+        else:
+            graph.put(call, 0, x)
+
+
+RULES: tuple[Rule, ...] = (
+    replace_products,
+    replace_expert_blocks,
+    replace_plain_results,
+    replace_fake_quantization,
+    remove_round_trips,
+)
+"""In the order in which they run; any other gives the same graph."""
+
+
+def _fake_quantized(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    return twins.quantized_and_back(x, twins.E2M1_MAX * twins.E4M3_MAX / amax.float())
+
+
+def _attempt(graph: FusedGraph, call: Call, weight: Matrix, replace: Callable[[], str | Refusal]) -> None:
+    """Run one replacement, which says to which op, and record it; whatever goes wrong leaves only this one."""
+    try:
+        outcome = replace()
+    except Exception as error:
+        log.exception("un-fusing %s failed", call.node)
+        outcome = Refusal(Reason.FAILED, f"{type(error).__name__}: {error}")
+    if isinstance(outcome, Refusal):
+        graph.refuse(call, outcome, weight)
+    else:
+        graph.done(call, outcome, weight)
+
+
+def _holds_fp4(call: Call, row: Product) -> bool:
+    """Whether the call is an FP4 product; torch's scaled products take FP8 as well, which is not ours."""
+    return value(call.bound(row.argument_names)[row.codes]).dtype in CODE_DTYPES
+
+
+def _weight_of(call: Call, row: Product) -> Matrix:
+    return Matrix.of(call.bound(row.argument_names)[row.codes], row.transposed)
+
+
+def _product(graph: FusedGraph, activations: Activations, call: Call, row: Product) -> str | Refusal:
+    """Emit the W4A16 product, or the one with an emulated activation."""
+    arguments = call.bound(row.argument_names)
+    refusal = variant(row, arguments)
+    if refusal is not None:
+        return refusal
+    activation = _activation(activations, call, row, arguments)
+    if isinstance(activation, Refusal):
+        return activation
+    result = call.results[row.output][0]
+    ends = None if row.ends is None else emit(call.node, lambda given: row.ends(Arguments(**given)), arguments)
+    operands = {
+        "x": activation.values,
+        "factor": activation.factor,
+        "codes": arguments[row.codes],
+        "scale": pick(arguments, row.scale),
+        "alphas": [found for name in row.alpha.split() if (found := pick(arguments, name)) is not None],
+        "bias": arguments.get(row.bias),
+        "ends": ends,
+    }
+    rank, dtype = value(arguments[row.x]).dim(), value(result).dtype
+    build = functools.partial(_built, row.kind, row.transposed, rank, dtype, graph.emulate)
+    graph.put(call, row.output, emit(call.node, lambda given: build(**given), operands))
+    return "fp4pass.grouped_linear" if row.kind == GROUPED else "fp4pass.linear"
+
+
+def _activation(activations: Activations, call: Call, row: Product, arguments: dict[str, Any]) -> Activation | Refusal:
+    if row.x_scale:
+        return activations.of_codes(arguments[row.x], pick(arguments, row.x_scale), call.node)
+    plain = activations.plain(arguments[row.x], call.node)
+    return plain if isinstance(plain, Refusal) else Activation(plain, pick(arguments, row.factor))
+
+
+def _built(
+    kind: str,
+    transposed: bool,
+    rank: int,
+    dtype: torch.dtype,
+    emulate: bool,
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    alphas: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    ends: torch.Tensor | None,
+) -> torch.Tensor:
+    """The product, traced. Alpha undoes both factors: times the activation's own, it is the weight's global scale."""
+    total = functools.reduce(torch.mul, [alpha.float() for alpha in alphas]) if alphas else None
+    k = 2 * codes.shape[-2 if transposed else -1]
+    x = x.reshape(-1, k) if rank == 2 or x.shape[-1] != k else x
+    if emulate:
+        per_row = factor
+        if kind == GROUPED and factor is not None and factor.numel() > 1:
+            per_row = factor[expert_of_row(ends, x.shape[0]).clamp(max=factor.numel() - 1)]
+        x = twins.quantized(x, per_row)
+    elif factor is not None:
+        total = factor.float() if total is None else total * factor.float()
+    codes = codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
+    codes = codes.mT if transposed else codes
+    total = None if total is None else total.reshape(-1) if total.numel() > 1 else total.reshape(())
+    if kind == GROUPED:
+        return twins.grouped(x.to(dtype), codes, scale, total, ends)
+    return twins.linear(x.to(dtype), codes, scale, total, bias)
+
+
+def _experts(graph: FusedGraph, activations: Activations, call: Call, row: Experts) -> str | Refusal:
+    """Emit the block as one op; with a gate, or emulated, as its steps."""
+    arguments = call.bound(row.argument_names)
+    refusal = variant(row, arguments)
+    activation = row.activation(Arguments(**arguments))
+    if refusal is not None or activation is None:
+        return refusal or Refusal(Reason.VARIANT, f"{row.name} with act_fn={arguments.get('act_fn')}")
+    plain = activations.plain(arguments[row.x], call.node)
+    if isinstance(plain, Refusal):
+        return plain
+
+    def build(x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        a = Arguments(**given)
+        routing = getattr(a, row.ids), getattr(a, row.routing)
+        return twins.experts(x, *routing, row.weights(a), activation, graph.emulate)
+
+    graph.put(call, 0, emit(call.node, build, plain, arguments))
+    return "fp4pass.experts" if activation != "swiglu" and not graph.emulate else "fp4pass.gathered_linear"
+
+
+def _refuse_what_is_left(graph: FusedGraph) -> None:
+    """A quantizing operation that is still there has somebody unknown who takes its codes."""
+    left = set(graph.rewriter.graph.nodes)
+    for call in graph.calls:
+        if isinstance(ROWS[call.name], Quantizer) and call.node in left:
+            users = {user.name for nodes in call.results.values() for node in nodes for user in node.users}
+            graph.refuse(call, Refusal(Reason.FP4_CONSUMER, ", ".join(sorted(users))))
