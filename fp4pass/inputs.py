@@ -20,7 +20,7 @@ from fp4pass.match.cone import may_hold_codes
 from fp4pass.match.roles import TABLE_BYTES
 from fp4pass.match.structure import table_bytes
 
-_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_STEP = re.compile(r"\.(?:__dict__\['_(?:modules|parameters|buffers)'\]|_(?:modules|parameters|buffers))\['([^']+)'\]")
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _PRODUCTS |= {name.split("::")[1] for name in OPAQUE_PRODUCTS}
 _LOOK_UPS = {"getitem", "embedding", "index", "index_select", "take", "take_along_dim", "gather"}
@@ -88,6 +88,8 @@ class GraphInputs:
 
 def module_path(source: str) -> str:
     """``L['self']._modules['lm_head']._parameters['weight']`` -> ``lm_head.weight``; other sources as they are."""
+    # Where a module overrides attribute access dynamo reads its parameters by number: their names are not known.
+    source = re.sub(r"^dict\.__getitem__\((.*?)\.__dict__\['_\w+'\], .*$", r"\1", source)
     steps = _STEP.findall(source)
     if steps:
         tail = source[[m.end() for m in _STEP.finditer(source)][-1] :]

@@ -15,6 +15,7 @@ from torch import nn
 from fp4pass import backend
 from fp4pass.backend import Fp4passWarning
 from fp4pass.errors import UnmatchedError
+from fp4pass.inputs import module_path
 from fp4pass.report import Entry, Report, Store, common_module, last_report, remember
 
 from . import decodes
@@ -54,6 +55,23 @@ left: a clamp takes part
 def test_an_empty_report_says_so():
     assert not Report() and str(Report()) == "fp4pass: no quantized product in this graph"
     assert Report(rewritten=(LINEAR,)) and Report(refused=(LEFT,))
+
+
+@pytest.mark.parametrize(
+    "source, path",
+    [
+        ("L['self']._modules['layers']._modules['0']._parameters['weight']", "layers.0.weight"),
+        ("L['self']._modules['up'].__dict__['_modules']['quantizer']._buffers['scale']", "up.quantizer.scale"),
+        (
+            "dict.__getitem__(L['self']._modules['up'].__dict__['_parameters'], "
+            "list(dict.keys(L['self']._modules['up'].__dict__['_parameters']))[0])",
+            "up",
+        ),
+        ("L['x']", "x"),
+    ],
+)
+def test_names_of_inputs(source, path):
+    assert module_path(source) == path
 
 
 def test_json_there_and_back():
