@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     names = [case.name for cases in KINDS.values() for case in cases]
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(names)} (all)")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="numbers of tokens (those of each shape)")
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="numbers of tokens (each shape's own)")
     parser.add_argument(
         "--triton",
         choices=("none", "some", "all"),
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> bool:
     """Measure, or take a stored run; print, store, plot. Whether all results were right."""
     if given.kind == "compile":
-        _compile(given.layers)
+        _compile(given.layers, given.tokens or compiles.TOKENS)
         return True
     if given.plot:
         check_plotting()
@@ -114,11 +114,11 @@ def _heading(names: dict[str, str]) -> str:
     return f"{header(names)}\nmicroseconds a call, medians; errors relative to float64\n{HEADING}"
 
 
-def _compile(layers: int) -> None:
+def _compile(layers: int, tokens: Sequence[int]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     widths = "Nano's widths" if device.type == "cuda" else "narrow, as there is no GPU"
     print(f"{header(machine(device))}\na model like Nano, {layers} layers, {widths}; first calls with each size")
-    print(compiles.table(compiles.cold_and_warm(layers)))
+    print(compiles.table(compiles.cold_and_warm(layers, tokens)))
 
 
 def _rows(

@@ -60,7 +60,7 @@ class Counted:
         return self.compiled(*args, **kwargs)
 
 
-def cold_and_warm(layers: int, tokens: Sequence[int] = TOKENS) -> dict[str, list[Call]]:
+def cold_and_warm(layers: int, tokens: Sequence[int]) -> dict[str, list[Call]]:
     """``{"cold": calls, "warm": calls}`` of a Nano-shaped model, each measured in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "fp4pass.bench.compiles", json.dumps([layers, *tokens])]
     with tempfile.TemporaryDirectory() as folder:

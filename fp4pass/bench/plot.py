@@ -18,7 +18,7 @@ def check_plotting() -> None:
             "a plot needs matplotlib",
             seen="it is not installed",
             expected="matplotlib, which fp4pass needs for nothing else",
-            do='pip install "fp4pass[bench]", or pip install matplotlib; bench --from FILE plots a run that was stored',
+            do="pip install matplotlib; a stored run can be plotted anywhere: bench --from FILE --plot FILE",
         )
 
 

@@ -170,11 +170,12 @@ def test_compile_times_are_those_of_two_processes_with_the_same_caches(monkeypat
 
     def finished(command, env, **_):
         caches.append((env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"]))
+        assert json.loads(command[-1]) == [3, 7]
         call = {"tokens": 7, "seconds": next(seconds), "compiles": 1}
         return subprocess.CompletedProcess(command, 0, f"something else\n{json.dumps([call])}\n")
 
     monkeypatch.setattr(subprocess, "run", finished)
-    assert main(["bench", "compile", "--layers", "3"]) == OK
+    assert main(["bench", "compile", "--layers", "3", "--tokens", "7"]) == OK
     assert capsys.readouterr().out.splitlines()[-2].split() == ["7", "9.5", "1", "2.5", "1"]
     assert len(caches) == 2 and len(set(caches)) == 1
 
