@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.benchmark import Timer
@@ -44,15 +45,15 @@ def microseconds(calls: Sequence[Call], device: torch.device, at_least: float) -
         return 1e6 * timer.blocked_autorange(min_run_time=0.01).median / len(calls)
     rounds = max(1, round(_GRAPH_MICROSECONDS / (at_least * len(calls))))
     graph = _captured(calls, rounds)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
     graph.replay()
-    times = []
-    for _ in range(_REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    # Without waiting in between: each replay is launched while the one before it runs.
+    for event in events[:-1]:
+        event.record()
         graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
+    events[-1].record()
+    torch.cuda.synchronize()
+    times = [1e3 * start.elapsed_time(end) for start, end in pairwise(events)]
     return statistics.median(times) / (rounds * len(calls))
 
 
