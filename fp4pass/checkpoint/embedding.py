@@ -15,7 +15,7 @@ from .packed import PackedModule, Parts, Scalar
 class NVFP4Embedding(PackedModule):
     """``ids [...] integer -> rows [..., D]`` of an NVFP4 table, in the model's dtype, rounded once.
 
-    Parameters as ``parts`` names them: ``weight`` uint8 [V, D/2] (held as 32-bit words), ``weight_scale``
+    Parameters as ``parts`` names them: ``weight`` uint8 [V, D/2] (held as 64-bit words), ``weight_scale``
     float8_e4m3fn [V, D/16], ``weight_scale_2`` [] or [1], ``input_scale`` if the checkpoint has one (kept for saving,
     never used). The codes keep the checkpoint's order on every device, since rows are read and no product is taken.
     Raises CheckpointError if V or D is no multiple of 16.
@@ -39,14 +39,14 @@ class NVFP4Embedding(PackedModule):
         shape = (num_embeddings, embedding_dim)
         self._add_matrix(parts, shape, global_scale=global_scale, input_scale=input_scale, device=device)
         # Words, so that nobody who looks for a product's weight takes the table for one.
-        self._held[parts.codes] = torch.int32
+        self._held[parts.codes] = torch.int64
         # Follows the model through .to(dtype), as the weight of a dense table would.
         self.register_buffer("_follower", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of ``ids``."""
         codes, scale, factor = self.operands(self._weight)
-        codes = functional.embedding(ids, codes.view(torch.int32)).view(torch.uint8)
+        codes = functional.embedding(ids, codes.view(torch.int64)).view(torch.uint8)
         rows = reference.dequantize(codes, functional.embedding(ids, scale), factor)
         return rows.to(self._follower.dtype)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from fp4pass.errors import CheckpointError, VersionError
+from fp4pass.errors import CheckpointError, Fp4passError, VersionError
 
 from .compressed import PARTS as COMPRESSED
 from .compressed import CompressedConfig, is_compressed
 from .config import QuantConfig, config_json_form
+from .folder import check_folder, read_json
 from .fp8 import set_fp8_mode
 from .modules import MODELOPT
 from .packed import PackedModule
@@ -50,8 +52,16 @@ def from_pretrained(path: str | Path, *, fp8: str | None = None, **kwargs: Any) 
         )
     if kwargs.pop("trust_remote_code", False):
         logger.warning("trust_remote_code is ignored: fp4pass uses the model class of transformers")
+    if os.path.isdir(path) and not kwargs.get("subfolder"):
+        check_folder(Path(path))
     kwargs["config"] = _config(path, kwargs)
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
+    except Fp4passError:
+        raise
+    except Exception:
+        _on_meta(kwargs["config"], None)  # which says so if the config is to blame
+        raise
     if fp8 is not None:
         set_fp8_mode(model, fp8)
     return model
@@ -68,10 +78,7 @@ def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     compressed = facts.get("quant_method") == COMPRESSED_METHOD
     reader, parts = (CompressedConfig, COMPRESSED) if compressed else (QuantConfig, MODELOPT)
     precision = reader.from_dict(facts)
-    bare = copy.deepcopy(config)
-    bare.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(bare, dtype=kwargs.get("dtype") or config.dtype)
+    model = _on_meta(config, kwargs.get("dtype") or config.dtype)
     replace_quantized(model, precision, headers={}, parts=parts)
     for module in model.modules():
         if isinstance(module, PackedModule):
@@ -79,10 +86,29 @@ def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model as transformers builds it, without weights and before any layer is replaced.
+
+    Raises CheckpointError if no model can be built from ``config``.
+    """
+    bare = copy.deepcopy(config)
+    bare.__dict__.pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(bare, dtype=dtype)
+    except Exception as error:  # of any kind: a config's values go into arithmetic, shapes and names
+        raise CheckpointError(
+            "no model can be built from config.json",
+            seen=f"{type(error).__name__}: {error}",
+            expected="the config of a Nemotron-H model",
+            do="download config.json of the release again",
+        ) from error
+
+
 def _config(path: str | Path, kwargs: dict[str, Any]) -> PreTrainedConfig:
     """The model's config, with the quantization from whichever file has it."""
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+    config = kwargs.pop("config", None) or _read_config(path, hub)
     facts = _facts(config)
     if is_compressed(facts):
         config.quantization_config = {**facts, "quant_method": COMPRESSED_METHOD}
@@ -90,23 +116,23 @@ def _config(path: str | Path, kwargs: dict[str, Any]) -> PreTrainedConfig:
         return config
     file = cached_file(path, "hf_quant_config.json", _raise_exceptions_for_missing_entries=False, **hub)
     if file is not None:
-        config.quantization_config = config_json_form(_read_json(Path(file)))
+        config.quantization_config = config_json_form(read_json(Path(file)))
     return config
+
+
+def _read_config(path: str | Path, hub: dict[str, Any]) -> PreTrainedConfig:
+    """The config as transformers reads it, never by code from the checkpoint."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            "config.json is not a config that transformers understands",
+            seen=f"{type(error).__name__}: {error}",
+            expected="the config of a Nemotron-H model",
+            do="download config.json of the release again",
+        ) from error
 
 
 def _facts(config: PreTrainedConfig) -> dict[str, Any] | None:
     found = getattr(config, "quantization_config", None)
     return found if found is None or isinstance(found, dict) else found.to_dict()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file.name} is not JSON",
-            seen=str(error),
-            expected="a JSON object, as ModelOpt writes it",
-            do="download this file again",
-        ) from error
-    return content

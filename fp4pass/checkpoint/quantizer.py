@@ -85,16 +85,23 @@ class ModelOptQuantizer(HfQuantizer):
         self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse a GPU that is not there, before anything is read."""
+        """Refuse a GPU that is not there and weights that would be offloaded, before anything is read."""
         wanted = device_map.values() if isinstance(device_map, dict) else [device_map]
-        names = [str(each) for each in wanted if each is not None]
-        on_gpu = [name for name in names if name.isdigit() or name.startswith("cuda")]
+        names = {str(each) for each in wanted if each is not None}
+        on_gpu = {name for name in names if name.isdigit() or name.startswith("cuda")}
         if on_gpu and not torch.cuda.is_available():
             raise DeviceError(
                 "the model is to be put on a GPU, and there is none",
                 seen=f"device_map {device_map!r}; torch {torch.__version__} sees no CUDA device",
                 expected="a CUDA device and a CUDA build of torch",
                 do="leave device_map out to load on the CPU; `python -m fp4pass doctor` shows what torch sees",
+            )
+        if "disk" in names or (on_gpu and "cpu" in names):
+            raise DeviceError(
+                "packed weights are not offloaded",
+                seen=f"a device_map with {', '.join(sorted(names))}",
+                expected="every layer on a GPU, or all of them on the CPU",
+                do="use more or larger GPUs, give them more memory in max_memory, or leave device_map out",
             )
 
     def _process_model_before_weight_loading(

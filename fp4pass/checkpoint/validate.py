@@ -111,7 +111,7 @@ def check_headers(model: nn.Module, headers: Mapping[str, Header], prefix: str =
     """Every tensor of ``model`` (on meta, packed modules in place) must be on disk in its shape and kind of dtype.
 
     ``prefix`` is what stands before the model's names in the checkpoint's. Raises CheckpointError for the first tensor
-    that is missing, has another shape or dtype, or belongs to a linear layer and has no place in it.
+    that is missing or has another shape or dtype, and for one that has no place in the model.
     """
     wanted = list(_wanted(model, prefix))
     for want in wanted:
@@ -131,7 +131,8 @@ def check_headers(model: nn.Module, headers: Mapping[str, Header], prefix: str =
                 expected=want.described(),
                 do="check that config files and weights come from the same release",
             )
-    _refuse_extras(model, headers, {want.name for want in wanted}, prefix)
+    tied = {checkpoint_name(prefix + name) for name in _tied(model)}
+    _refuse_extras(headers, tied | {want.name for want in wanted}, prefix)
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,8 @@ class _Want:
 
 
 def _wanted(model: nn.Module, prefix: str) -> Iterator[_Want]:
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key, tensor in model.state_dict().items():
-        if key in tied:
+        if key in _tied(model):
             continue
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)
@@ -161,6 +161,11 @@ def _wanted(model: nn.Module, prefix: str) -> Iterator[_Want]:
         stored, shape = stored_names(module, checkpoint_name(prefix + owner), name), tuple(tensor.shape)
         for file_name in stored:
             yield _Want(file_name, dtype, shape[1:] if is_experts(module) else shape, precision)
+
+
+def _tied(model: nn.Module) -> Mapping[str, str]:
+    """Names of weights that are others' weights, and need not be on disk."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def stored_names(module: nn.Module, file_name: str, parameter: str) -> list[str]:
@@ -184,21 +189,15 @@ def is_experts(module: nn.Module) -> bool:
     return isinstance(module, NVFP4Experts) or type(module).__name__ == "NemotronHExperts"
 
 
-def _refuse_extras(model: nn.Module, headers: Mapping[str, Header], known: set[str], prefix: str) -> None:
-    """Refuse tensors of linear layers that would change their meaning (``pre_quant_scale`` without AWQ, say)."""
-    owners = set()
-    for name, module in model.named_modules():
-        if is_experts(module):
-            experts = range(module.num_experts)
-            owners |= {checkpoint_name(f"{prefix}{name}.{e}.{p}") for e in experts for p in ("up_proj", "down_proj")}
-        elif isinstance(module, (PackedModule, nn.Linear, nn.Embedding)):
-            owners.add(checkpoint_name(prefix + name))
+def _refuse_extras(headers: Mapping[str, Header], known: set[str], prefix: str) -> None:
+    """Refuse tensors without a place: a model that leaves some out is another one (fewer layers, no input scaling)."""
     for name, header in headers.items():
-        if name in known or re.search(KV_CACHE, name) or name.rpartition(".")[0] not in owners:
+        if name in known or re.search(f"{KV_CACHE}|{MTP}", name) or not name.startswith(checkpoint_name(prefix)):
             continue
         raise CheckpointError(
-            f"tensor {name} has no place in its layer",
+            f"tensor {name} has no place in the model",
             seen=str(header),
-            expected="what the layer's precision has: weight, its scales and bias; pre_quant_scale with NVFP4_AWQ",
+            expected="the tensors that config.json and the precision of each layer ask for; pre_quant_scale belongs to "
+            "linear layers in NVFP4_AWQ",
             do="check that config files and weights come from the same release; other recipes are not computed",
         )

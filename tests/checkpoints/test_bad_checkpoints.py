@@ -120,7 +120,7 @@ def test_a_tensor_that_would_change_a_layers_meaning(nano_dir, tmp_path):
     def edit(tensors):
         tensors[f"{IN_PROJ}.pre_quant_scale"] = torch.ones(80)
 
-    refused(altered(nano_dir, tmp_path / "bad", edit), "pre_quant_scale has no place in its layer")
+    refused(altered(nano_dir, tmp_path / "bad", edit), "pre_quant_scale has no place in the model")
 
 
 def test_an_unknown_quant_algo(nano_dir, tmp_path):

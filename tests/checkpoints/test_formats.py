@@ -175,7 +175,7 @@ def test_a_quantized_embedding_is_looked_up_packed(nano_dir, tmp_path, dense_twi
     directory = altered(nano_dir, tmp_path / "embedding", quantized_embedding, name_embedding)
     model = from_pretrained(directory, dtype=torch.float32)
     table = model.get_input_embeddings()
-    assert isinstance(table, NVFP4Embedding) and table.weight.dtype == torch.int32
+    assert isinstance(table, NVFP4Embedding) and table.weight.dtype == torch.int64
     torch.testing.assert_close(model(IDS).logits, dense_twin(model)(IDS).logits, rtol=1e-4, atol=1e-4)
     assert_saves_what_it_read(directory, tmp_path / "saved")
     report = fp4pass.explain(model, IDS, use_cache=False)
