@@ -158,7 +158,8 @@ def _gated(m: Layer, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return gated(x, gate, m.gamma, GROUP_COLUMNS, EPS)
 
 
-def _plain(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+def unquantized(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """The input itself."""
     return x.double()
 
 
@@ -168,14 +169,14 @@ QUANTIZING: dict[str, tuple[Callable[..., Any], Callable[..., torch.Tensor]]] = 
     "trtllm::fused_rmsnorm_fp4_quantize": (trtllm_norm_list, _normed),
     "trtllm::fused_gated_rmsnorm_quant": (trtllm_gated_norm, _gated),
     "trtllm::fused_relu2_quantize": (trtllm_relu2, lambda m, x, _: relu_squared(x)),
-    "trtllm::fp4_quantize": (trtllm_quantize, _plain),
+    "trtllm::fp4_quantize": (trtllm_quantize, unquantized),
     "auto_deploy::trtllm_rms_norm_quant_nvfp4": (auto_norm, _normed),
     "auto_deploy::trtllm_fused_add_rms_norm_quant_nvfp4": (auto_add_norm, _add_normed),
     "auto_deploy::trtllm_fused_gated_rmsnorm_quant_nvfp4": (auto_gated_norm, _gated),
-    "_C::scaled_fp4_quant": (vllm_quantize, _plain),
+    "_C::scaled_fp4_quant": (vllm_quantize, unquantized),
     "_C::silu_and_mul_nvfp4_quant": (vllm_silu, lambda m, x, gate: silu_times(torch.cat((x, gate), -1))),
     "vllm::flashinfer_fused_add_rms_norm_nvfp4_quant": (vllm_add_norm, _add_normed),
-    "flashinfer::fp4_quantize_sm100": (flashinfer_quantize, _plain),
+    "flashinfer::fp4_quantize_sm100": (flashinfer_quantize, unquantized),
     "flashinfer::rmsnorm_fp4quant": (flashinfer_norm, _normed),
     "flashinfer::add_rmsnorm_fp4quant": (flashinfer_add_norm, _add_normed),
 }

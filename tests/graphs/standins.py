@@ -134,6 +134,12 @@ def silu_times(x: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
+def silu_times_stored(x: torch.Tensor) -> torch.Tensor:
+    """The same in ``x``'s dtype, as a kernel computes it: in float32, so that ties fall as they do anywhere."""
+    gate, up = x.float().chunk(2, -1)
+    return (functional.silu(gate) * up).to(x.dtype)
+
+
 def _int32(codes: torch.Tensor) -> torch.Tensor:
     return codes.contiguous().view(torch.int32)
 
@@ -220,7 +226,7 @@ def _experts_quant(output, output_scale, input, factor, starts, scale_starts):
 
 
 def _silu_experts_quant(output, output_scale, input, factor, starts, scale_starts):
-    _experts_quant(output, output_scale, silu_times(input).to(input.dtype), factor, starts, scale_starts)
+    _experts_quant(output, output_scale, silu_times_stored(input), factor, starts, scale_starts)
 
 
 def _vllm_norm(result, scale, residual, input, weight, factor, unswizzled, swizzled, epsilon):
@@ -298,8 +304,7 @@ def _plain_act(hidden):
 
 def _fused_moe(x, ids, routing, c1, c2, s1, s2, f1, f2, a1, a2, is_gated_mlp=True, act_fn=4):
     def gated_act(hidden):
-        up, gate = hidden.double().chunk(2, -1)
-        return functional.silu(gate) * up
+        return silu_times_stored(torch.cat(hidden.chunk(2, -1)[::-1], -1))
 
     scalars = [part.reshape(-1) for part in (a1, f1, a2, f2)]
     return _moe(
@@ -309,7 +314,7 @@ def _fused_moe(x, ids, routing, c1, c2, s1, s2, f1, f2, a1, a2, is_gated_mlp=Tru
 
 def _listed_moe(x, ids, routing, w1, w2, w3, f1, f2, f3, s1, s2, s3, a1, a2, a3, is_gated_mlp=True, act_fn=4):
     def gated_act(gate, up):
-        return functional.silu(gate.double()) * up.double()
+        return silu_times_stored(torch.cat((gate, up), -1))
 
     if not is_gated_mlp:
         return _moe(x, ids, routing, (w1, s1, a1, f1), (w2, s2, a2, f2), _plain_act)
@@ -374,7 +379,7 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "_C::scaled_fp4_experts_quant": (_experts_quant, _nothing),
     "_C::silu_and_mul_scaled_fp4_experts_quant": (_silu_experts_quant, _nothing),
     "_C::silu_and_mul_nvfp4_quant": (
-        lambda result, scale, input, factor: _into(result, scale, silu_times(input).to(input.dtype), factor),
+        lambda result, scale, input, factor: _into(result, scale, silu_times_stored(input), factor),
         _nothing,
     ),
     "vllm::flashinfer_fused_add_rms_norm_nvfp4_quant": (_vllm_norm, _nothing),

@@ -306,7 +306,7 @@ def test_a_scaled_product_of_torch_is_traced_through_a_quantizer_written_out(run
 def test_a_scaled_product_is_not_traced_through_what_is_no_quantizer():
     """Block scales of another limit leave no value as it is."""
     run = compiling(torch_layer(scaled_mm, static_unit, limit=5.0), {"target_sm": 90})
-    with pytest.raises(ValueError, match="scaling"):  # torch's own op then runs, and needs another GPU
+    with pytest.raises((ValueError, RuntimeError), match="scaling"):  # torch's own op then runs, and needs another GPU
         run(activations(5, 128, dtype=torch.bfloat16))
     (entry,) = run.report.refused
     assert Reason.FP4_ACTIVATION.sentence in entry.reason

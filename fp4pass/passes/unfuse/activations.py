@@ -69,7 +69,7 @@ class Activations:
             return twin
         if _roles(row, call).get(key) != CODES:
             return Refusal(Reason.FP4_ACTIVATION, codes.name)
-        return Activation(twin[VALUE], twin["factor"])
+        return Activation(self._graph.current(twin[VALUE]), self._graph.current(twin["factor"]))
 
     def twin(self, call: Call) -> dict[str, Any] | Refusal:
         """The plain results of a quantizing call, by what they are: VALUE, SUM, and the factor."""
@@ -92,7 +92,7 @@ class Activations:
         row = ROWS[call.name]
         if isinstance(row, Attention):
             twin = self.twin(call)
-            return twin if isinstance(twin, Refusal) else twin[VALUE]
+            return twin if isinstance(twin, Refusal) else self._graph.current(twin[VALUE])
         if not isinstance(row, Fp8Quantizer):
             return Refusal(Reason.FP8_ACTIVATION, node.name)
         source = pick(call.bound(row.argument_names), row.x)

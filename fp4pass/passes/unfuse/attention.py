@@ -23,7 +23,7 @@ def plain_attention(call: Call, row: Attention) -> fx.Node | Refusal:
     buffer = call.arguments[row.output]
     packed = 2 if value(buffer).dtype in (torch.uint8, torch.float4_e2m1fn_x2) else 1
     same_size = value(buffer).numel() * packed == value(query).numel()
-    if row.output in call.places or not same_size or "_all_bases" not in call.node.kwargs:
+    if call.place(row.output) is not None or not same_size or "_all_bases" not in call.node.kwargs:
         return Refusal(Reason.VARIANT, f"{call.name} writes its output into part of a buffer, or in another size")
     rank = value(buffer).dim()
     plain = emit(call.node, lambda q: torch.empty_like(q.flatten(rank - 1)), query)

@@ -35,22 +35,42 @@ class Place:
         return torch.as_strided_scatter(base, value, part["size"], part["stride"], part["storage_offset"])
 
 
-@dataclass(frozen=True)
 class Call:
-    """One call: the op's name, its arguments by name with defaults filled in, and the nodes that hold its results."""
+    """One call of an op. Its arguments are read when asked for, since others may be replaced in the meantime.
 
-    node: fx.Node
-    name: str
-    arguments: dict[str, Any]
-    results: dict[Key, list[fx.Node]]
-    places: dict[Key, Place]
+    results: the nodes that hold each result, by `Key`.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node, self._op = node, called_op(node)
+        self.name: str = self._op._schema.name
+        self._wrapped = self._op is not node.target
+        self.results = _results(node, _written(node, self._op) if self._wrapped else {})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """By name, defaults filled in; an argument that is written to is the buffer in which it lies."""
+        names = [argument.name for argument in self._op._schema.arguments]
+        given = dict(zip(names, () if self._wrapped else self.node.args, strict=False)) | dict(self.node.kwargs)
+        for name in names:
+            index = given.get(f"_{name}_base_index")
+            if index is not None:
+                given[name] = given["_all_bases"][index]
+        return {a.name: given.get(a.name, a.default_value) for a in self._op._schema.arguments}
+
+    def place(self, key: Key) -> Place | None:
+        """Where the call wrote a result, if that is only a part of a buffer."""
+        kwargs = self.node.kwargs
+        part = {p: kwargs[f"_{key}_{p}"] for p in _VIEW_PARTS if f"_{key}_{p}" in kwargs}
+        return Place(self.arguments[key], part) if part else None
 
     def bound(self, names: Sequence[str]) -> dict[str, Any]:
         """The arguments under ``names``; one that this version of the op names otherwise is taken by its position."""
-        own, found = list(self.arguments), dict(self.arguments)
+        found = self.arguments
+        own = list(found)
         for position, name in enumerate(names):
             if name not in found and position < len(own) and own[position] not in names:
-                found[name] = self.arguments[own[position]]
+                found[name] = found[own[position]]
         return found
 
 
@@ -61,23 +81,6 @@ def pick(arguments: Mapping[str, Any], name: str) -> Any:
     if not index or found is None:
         return found
     return found[int(index)] if len(found) > int(index) else None
-
-
-def read_call(node: fx.Node) -> Call | None:
-    """The call that ``node`` makes, or None if it calls no op."""
-    op = called_op(node)
-    if op is None:
-        return None
-    schema = op._schema
-    names = [argument.name for argument in schema.arguments]
-    if op is node.target:
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        outputs: dict[int, list[Key]] = {}
-    else:
-        given, outputs = dict(node.kwargs), _written(node, op)
-    places = _restore_views(given, names, node)
-    arguments = {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
-    return Call(node, schema.name, arguments, _results(node, outputs), places)
 
 
 def _written(node: fx.Node, op: torch._ops.OpOverload) -> dict[int, list[Key]]:
@@ -91,20 +94,6 @@ def _written(node: fx.Node, op: torch._ops.OpOverload) -> dict[int, list[Key]]:
         if base is not None:
             outputs.setdefault(first + base, []).append(name)
     return outputs
-
-
-def _restore_views(given: dict[str, Any], names: list[str], node: fx.Node) -> dict[Key, Place]:
-    """Give written arguments their names back, and say which of them are parts of a larger buffer."""
-    bases, places = node.kwargs.get("_all_bases", ()), {}
-    for name in names:
-        index = node.kwargs.get(f"_{name}_base_index")
-        if index is None:
-            continue
-        given[name] = bases[index]
-        part = {p: node.kwargs[f"_{name}_{p}"] for p in _VIEW_PARTS if f"_{name}_{p}" in node.kwargs}
-        if part:
-            places[name] = Place(bases[index], part)
-    return places
 
 
 def _results(node: fx.Node, outputs: dict[int, list[Key]]) -> dict[Key, list[fx.Node]]:

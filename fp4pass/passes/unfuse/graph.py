@@ -14,7 +14,7 @@ from fp4pass.match.cone import value
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import EMULATE
 from fp4pass.passes.rewriter import Rewriter, alike
-from fp4pass.passes.unfuse.calls import Call, Key, pick, read_call
+from fp4pass.passes.unfuse.calls import Call, Key, pick
 from fp4pass.passes.unfuse.emit import emit
 from fp4pass.passes.unfuse.products import EXPERT_BLOCKS, PRODUCTS
 from fp4pass.passes.unfuse.quantizers import ATTENTIONS, FP8_QUANTIZERS, QUANTIZERS, ROUND_TRIPS
@@ -39,9 +39,10 @@ class FusedGraph:
         for node in rewriter.graph.nodes:
             op = called_op(node)
             if op is not None and op._schema.name in ROWS:
-                self.calls.append(read_call(node))
+                self.calls.append(Call(node))
         self._made_by = {n: (c, key) for c in self.calls for key, nodes in c.results.items() for n in nodes}
         self._refused: set[fx.Node] = set()
+        self._replaced: dict[fx.Node, fx.Node] = {}
 
     def made_by(self, node: fx.Node) -> tuple[Call, Key] | None:
         """The known call of which ``node`` is a result, and which result."""
@@ -49,12 +50,19 @@ class FusedGraph:
 
     def put(self, call: Call, key: Key, new: fx.Node) -> None:
         """Let ``new`` stand for a result of ``call``; where the call wrote into a larger buffer, in that buffer."""
-        place = call.places.get(key)
+        place = call.place(key)
         for old in call.results.get(key, ()):
             if place is not None:
                 new = emit(call.node, place.embed, new, place.base)
             new = shaped_like(call.node, new, old)
             old.replace_all_uses_with(new)
+            self._replaced[old] = new
+
+    def current(self, node: fx.Node | None) -> fx.Node | None:
+        """What stands for ``node`` now."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
 
     def done(self, call: Call, op: str, weight: Matrix) -> None:
         """Record a product as rewritten to ``op``."""

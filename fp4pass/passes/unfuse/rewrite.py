@@ -82,7 +82,7 @@ def replace_plain_results(graph: FusedGraph, activations: Activations) -> None:
             continue
         for key, role in row.results(call.bound(row.argument_names)).items():
             if role in (VALUE, SUM) and twin[role] is not None:
-                graph.put(call, key, twin[role])
+                graph.put(call, key, graph.current(twin[role]))
             elif role == UNCHANGED:
                 graph.put(call, key, call.arguments[key])
 
@@ -210,7 +210,7 @@ def _built(
     """The product, traced. Alpha undoes both factors: times the activation's own, it is the weight's global scale."""
     total = functools.reduce(torch.mul, [alpha.float() for alpha in alphas]) if alphas else None
     k = 2 * codes.shape[-2 if transposed else -1]
-    x = x.reshape(-1, k) if rank == 2 or x.shape[-1] != k else x
+    x = x.reshape(-1, k) if x.shape[-1] != k or (rank == 2 and x.dim() != 2) else x
     if emulate:
         per_row = factor
         if kind == GROUPED and factor is not None and factor.numel() > 1:
@@ -220,7 +220,7 @@ def _built(
         total = factor.float() if total is None else total * factor.float()
     codes = codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
     codes = codes.mT if transposed else codes
-    total = None if total is None else total.reshape(-1) if total.numel() > 1 else total.reshape(())
+    total = total.flatten() if total is not None and total.dim() > 1 else total
     if kind == GROUPED:
         return twins.grouped(x.to(dtype), codes, scale, total, ends)
     return twins.linear(x.to(dtype), codes, scale, total, bias)

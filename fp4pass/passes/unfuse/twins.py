@@ -85,7 +85,9 @@ def quantized_and_back(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def per_row(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """One factor for all, or one for each row, ready to multiply ``like [rows, ...]``."""
     wide = factor.float()
-    return wide.reshape(()) if wide.numel() == 1 else wide.reshape(-1, *[1] * (like.dim() - 1))
+    if wide.numel() > 1:
+        return wide.reshape(-1, *[1] * (like.dim() - 1))
+    return wide.reshape(()) if wide.dim() else wide
 
 
 def decoded(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
