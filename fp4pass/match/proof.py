@@ -15,7 +15,7 @@ from fp4pass.match.cone import Cone, Inputs
 from fp4pass.match.convention import Convention, conventions
 from fp4pass.match.diagnosis import diagnose
 from fp4pass.match.dims import NotRescalableError
-from fp4pass.match.fill import Fill, decoded, expected, fills
+from fp4pass.match.fill import decoded, expected, fills
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.match.replay import Replay
 from fp4pass.match.roles import Roles, assign
@@ -67,15 +67,17 @@ def _explain(cone: Cone, roles: Roles, replay: Replay) -> Weight | Refusal:
     candidates = [(each, rows_last) for rows_last in (False, True) for each in tries]
     for fill in fills(cone, roles, replay):
         found = decoded(roles, replay, fill)
-        candidates = [(c, last) for c, last in candidates if _agrees(found.mT if last else found, c, roles, fill)]
+        wanted = {each: expected(each, roles, fill) for each, _ in candidates}
+        candidates = [
+            (c, last) for c, last in candidates if _agrees(found.mT if last else found, wanted[c], fill.exact)
+        ]
         if not candidates:
             return diagnose(roles, replay, fill)
     convention, rows_last = candidates[0]
     return Weight(roles, convention, rows_last)
 
 
-def _agrees(found: torch.Tensor, convention: Convention, roles: Roles, fill: Fill) -> bool:
-    want = expected(convention, roles, fill)
-    if want is None or want.shape != found.shape:
+def _agrees(found: torch.Tensor, wanted: torch.Tensor | None, exactly: bool) -> bool:
+    if wanted is None or wanted.shape != found.shape:
         return False
-    return torch.equal(found, want) if fill.exact else torch.allclose(found, want, rtol=2**-6, atol=0)
+    return torch.equal(found, wanted) if exactly else torch.allclose(found, wanted, rtol=2**-6, atol=0)

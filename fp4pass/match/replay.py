@@ -13,7 +13,7 @@ from torch import fx
 from fp4pass.match.dims import NotRescalableError, Shape, Symbol, divisors
 from fp4pass.match.shapes import Context, Sizes, Step, concrete, step
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Replay:
     def __init__(self, part: Part) -> None:
         self._part = part
         self._steps: dict[fx.Node, Step] = {}
+        self._calls = {node: (concrete(node.args), _on_cpu(concrete(node.kwargs))) for node in part.nodes}
         self.leaf_shapes = part.leaf_shapes
         self.why_full: str | None = None
         shapes: dict[fx.Node, Any] = dict(part.leaf_shapes)
@@ -74,11 +75,12 @@ class Replay:
             if node in self._part.stand_ins:
                 values[node] = self._part.stand_ins[node].value(values)
                 continue
+            positional, named = self._calls[node]
             arguments = self._steps[node].arguments if sizes is not None else None
-            positional = concrete(node.args if arguments is None else arguments(sizes))
-            positional, named = fx.node.map_arg((positional, concrete(node.kwargs)), values.__getitem__)
-            run = _CPU_FORMS.get(node.target, node.target)
-            values[node] = run(*positional, **_on_cpu(named))
+            if arguments is not None:
+                positional = concrete(arguments(sizes))
+            positional, named = fx.node.map_arg((positional, named), values.__getitem__)
+            values[node] = _CPU_FORMS.get(node.target, node.target)(*positional, **named)
         return values[self._part.root]
 
 
@@ -95,6 +97,7 @@ def _view_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 _CPU_FORMS: dict[Any, Callable[..., Any]] = {
     aten.histc.default: _histc,
     aten.view.default: aten.reshape.default,
+    prims.convert_element_type.default: torch.Tensor.to,  # the same, without a detour through Python
     aten.view.dtype: _view_dtype,
 }
 

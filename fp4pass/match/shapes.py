@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fp4pass.match import dims
 from fp4pass.match.dims import Dim, NotRescalableError, Shape, Symbol
@@ -65,13 +64,13 @@ class Context:
 
 def concrete(argument: Any) -> Any:
     """The argument with traced sizes replaced by their hints (no guard is added)."""
-
-    def hint(leaf: Any) -> Any:
-        if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), (int, torch.SymInt)):
-            leaf = leaf.meta["val"]
-        return leaf.node.hint if isinstance(leaf, torch.SymInt) else leaf
-
-    return pytree.tree_map(hint, argument, is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+    if isinstance(argument, (list, tuple)):
+        return type(argument)([concrete(each) for each in argument])
+    if isinstance(argument, dict):
+        return {name: concrete(each) for name, each in argument.items()}
+    if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), (int, torch.SymInt)):
+        argument = argument.meta["val"]
+    return argument.node.hint if isinstance(argument, torch.SymInt) else argument
 
 
 def step(node: fx.Node, context: Context) -> Step:

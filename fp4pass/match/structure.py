@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fp4pass.match.cone import value
 from fp4pass.match.shapes import concrete
@@ -38,6 +38,13 @@ class Memo:
         return verdict
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A node, by its place among the others."""
+
+    number: int
+
+
 def structure(
     leaves: Sequence[fx.Node], nodes: Sequence[fx.Node], stand_ins: Mapping[fx.Node, Hashable] | None = None
 ) -> Hashable:
@@ -47,8 +54,8 @@ def structure(
     """
     index = {node: i for i, node in enumerate((*leaves, *nodes))}
 
-    def neutral(leaf: Any) -> Hashable:
-        return ("node", index[leaf]) if isinstance(leaf, fx.Node) and leaf in index else repr(concrete(leaf))
+    def neutral(arguments: Any) -> str:
+        return repr(concrete(fx.node.map_arg(arguments, lambda node: _Place(index[node]) if node in index else node)))
 
     def metadata(node: fx.Node) -> Hashable:
         tensor = value(node)
@@ -58,10 +65,9 @@ def structure(
     for node in nodes:
         if stand_ins and node in stand_ins:
             description, reads = stand_ins[node]
-            operations.append((description, tuple(map(neutral, reads)), metadata(node)))
+            operations.append((description, neutral(tuple(reads)), metadata(node)))
             continue
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda leaf: isinstance(leaf, fx.Node))
-        operations.append((str(node.target), tuple(map(neutral, flat)), str(spec)))
+        operations.append((str(node.target), neutral(node.args), neutral(node.kwargs)))
     return (tuple(map(metadata, leaves)), tuple(operations))
 
 

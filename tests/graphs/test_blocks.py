@@ -19,8 +19,8 @@ from fp4pass.passes.rewriter import Rewriter
 from fp4pass.pipeline import Fp4Pass
 
 from .routed import FORMS, INNER, E, H, K, Routed, routing, written
-from .running import called, compiling, listing, relative_error
-from .test_mutants import Constants, mutants
+from .running import Known, called, compiling, listing, relative_error
+from .test_mutants import mutants
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ONE_BY_ONE = {"grouped": "fp4pass.grouped_linear", "gathered": "fp4pass.gathered_linear"}
@@ -298,7 +298,7 @@ def test_a_mutant_of_a_block_computes_the_same(form, monkeypatch):
     values = {(tuple(t.shape), t.dtype): t for t in (*inputs, *module.parameters())}
     leaves = [node.meta["val"] for node in kept[0].find_nodes(op="placeholder")]
     values = [values[tuple(leaf.shape), leaf.dtype].detach() for leaf in leaves]
-    known = Constants({}, frozenset(n.name for n in kept[0].find_nodes(op="placeholder") if n.meta["val"].dim() == 2))
+    known = Known({}, frozenset(n.name for n in kept[0].find_nodes(op="placeholder") if n.meta["val"].dim() == 2))
     # What depends on the call's inputs; mutants of the decodes are tried elsewhere.
     of_the_block = set(known.of_the_call)
     for node in kept[0].nodes:
