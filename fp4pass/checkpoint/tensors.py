@@ -239,7 +239,7 @@ def _product_tensors(product: Product, algo: str | None, parts: Parts = MODELOPT
     else:
         yield TensorSpec(f"{name}.weight", "BF16", (n, k), "matrix", fan_in)
     if algo in (NVFP4, FP8):
-        role = "input_divisor" if parts.divides else "input_scale"
+        role = "fp8_input_scale" if algo == FP8 else "input_divisor" if parts.divides else "input_scale"
         yield TensorSpec(f"{name}.{parts.input_scale}", "F32", _scalar_shape(parts), role)
 
 

@@ -163,9 +163,9 @@ def renamed_tensor(c):
 def extra_tensor(c):
     shard, name = c.some_tensor("weight", "weight_packed")
     owner = name.rpartition(".")[0]
-    new = (
-        f"{owner}.{c.rng.choice(['pre_quant_scale', 'weight_zero_point', 'svdquant_lora_a', 'weight_scale_3', 'bias'])}"
-    )
+    extras = ["pre_quant_scale", "weight_zero_point", "svdquant_lora_a", "weight_scale_3", "bias"]
+    there = {name for each in c.shards for name in load_file(each)}
+    new = c.rng.choice([each for extra in extras if (each := f"{owner}.{extra}") not in there])
     c.edit(shard, lambda tensors: tensors.update({new: torch.full((tensors[name].shape[0],), 2.0)}))
     return new
 
@@ -173,9 +173,7 @@ def extra_tensor(c):
 @mutation
 def other_dtype(c):
     shard, name = c.some_tensor()
-    dtype = c.rng.choice(
-        [torch.uint8, torch.int8, torch.float8_e5m2, torch.float16, torch.float64, torch.int32, torch.bool]
-    )
+    dtype = c.rng.choice([torch.uint8, torch.int8, torch.float8_e5m2, torch.float64, torch.int32, torch.bool])
     c.edit(shard, lambda tensors: tensors.update({name: tensors[name].float().to(dtype)}))
     return f"{name} as {dtype}"
 
