@@ -21,6 +21,9 @@ BASES = {
     "mixed": {"like": "super", "latent": 32},
     "compressed": {"like": "nano", "format": "compressed-tensors"},
 }
+NAMES = r"\.json|index|safetensors|tensor |quant|config|layer|group_size"
+"""What an error must name one of: where to look."""
+
 SMALL = {"layers": 3, "experts": 4, "shard_bytes": 25_000}
 
 
@@ -55,10 +58,7 @@ def outcome(seed, name, kind, bases, workspace):
         found = logits(folder)
     except CheckpointError as error:
         assert all((error.what, error.seen, error.expected, error.do)), case
-        assert re.search(r"\.json|index|safetensors|tensor |quant|config|layer|group_size", str(error)), (
-            case,
-            str(error),
-        )
+        assert re.search(NAMES, str(error)), (case, str(error))
         return error
     except Exception as error:
         raise AssertionError(f"{case}: {type(error).__name__} escaped") from error
