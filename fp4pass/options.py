@@ -63,8 +63,12 @@ class Options:
         return found
 
     def patches(self) -> dict[str, Any]:
-        """Inductor settings that follow from the options."""
-        return {**_torch.mode_patches(self.mode), **dict(self.inductor)}
+        """Inductor settings that follow from the options.
+
+        Emulation needs the roundings between operations that fused kernels leave out: one could change a code.
+        """
+        rounding = {"emulate_precision_casts": True} if self.activations == EMULATE else {}
+        return {**_torch.mode_patches(self.mode), **rounding, **dict(self.inductor)}
 
     def _validate(self) -> None:
         from fp4pass.pipeline import PASSES

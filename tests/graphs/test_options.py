@@ -77,6 +77,7 @@ def test_an_option_unlike_any_other_gets_the_list():
         ({"check": 1}, "True or False"),
         ({"disable": "linear"}, "linear, moe, experts"),
         ({"disable": ["linears"]}, "linear, moe, experts"),
+        ({"activations": "fp4"}, "bf16, emulate"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_do(options, expected):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from fp4pass import pipeline
+from fp4pass.options import Options
 from fp4pass.passes.unfuse import rewrite
 from fp4pass.pipeline import Fp4Pass
 
@@ -18,6 +19,7 @@ from .fused import EPS, GROUP_COLUMNS, Layer, ops
 from .running import activations, compiling, listing, relative_error
 from .standins import IMPLEMENTATIONS, StandIns, fake_codes, gated, norm, relu_squared
 from .test_unfuse import ROUNDED, foreign
+from .test_unfuse_activations import attention
 from .test_unfuse_experts import CHOICES, Block
 
 HIDDEN, WIDE = fused.K, 128
@@ -184,6 +186,14 @@ def test_a_pass_that_fails_leaves_a_graph_that_computes_the_same(monkeypatch):
 
 
 def test_emulation_is_in_the_cache_key():
-    from fp4pass.options import Options
-
     assert repr(Options.parse(options={"activations": "emulate"})) != repr(Options.parse())
+
+
+@torch.no_grad()
+def test_generated_code_emulates_to_the_last_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer, options = Layer(attention), {"activations": "emulate"}
+    inputs = [given() * scale for scale in (1, 0.3, 2)]
+    wanted = compiling(layer, options)(*inputs)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(layer, backend="fp4pass", options=options)(*inputs), wanted)

@@ -10,7 +10,7 @@ from torch import fx
 from fp4pass.match.cone import value
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.passes.unfuse.calls import Call
-from fp4pass.passes.unfuse.emit import emit
+from fp4pass.passes.unfuse.emit import emit, origin_of
 from fp4pass.passes.unfuse.rows import Attention
 
 
@@ -45,7 +45,7 @@ def _again(call: Call, kwargs: dict, output: int, dropped: int | None) -> fx.Nod
     with graph.inserting_before(call.node):
         new = graph.call_function(call.node.target, call.node.args, kwargs)
         values = [value(base) for base in kwargs["_all_bases"]]
-        new.meta = {**call.node.meta, "val": (None, *values)}
+        new.meta = {**origin_of(call.node), "val": (None, *values)}
         results = []
         for i, each in enumerate(values):
             results.append(graph.call_function(operator.getitem, (new, i + 1)))

@@ -38,10 +38,15 @@ def emit(at: fx.Node, function: Callable[..., Any], *arguments: Any) -> Any:
     return _inlined(at, traced.graph, nodes)
 
 
+def origin_of(node: fx.Node) -> dict[str, Any]:
+    """The metadata that says where in the model a node comes from; what else there is describes its own arguments."""
+    return {name: node.meta[name] for name in _KEPT if name in node.meta}
+
+
 def _inlined(at: fx.Node, traced: fx.Graph, nodes: list[fx.Node]) -> Any:
     """Copies of the traced nodes before ``at``, its placeholders standing for ``nodes``."""
     into: dict[fx.Node, fx.Node] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
-    kept = {name: at.meta[name] for name in _KEPT if name in at.meta}
+    kept = origin_of(at)
     with at.graph.inserting_before(at):
         for node in traced.nodes:
             if node.op == "output":

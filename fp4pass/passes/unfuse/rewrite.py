@@ -9,6 +9,7 @@ from types import SimpleNamespace as Arguments
 from typing import Any
 
 import torch
+from torch import fx
 
 from fp4pass.lowering.reference import expert_of_row
 from fp4pass.match.anchors import anchor_of
@@ -22,6 +23,9 @@ from fp4pass.passes.unfuse.emit import emit
 from fp4pass.passes.unfuse.graph import ROWS, FusedGraph, Matrix, origin, shaped_like, variant
 from fp4pass.passes.unfuse.rows import GROUPED, SUM, UNCHANGED, VALUE, Experts, Product, Quantizer, RoundTrip
 from fp4pass.passes.unfuse.written_out import casts_to_e4m3, find_round_trip
+
+aten = torch.ops.aten
+_VIEWED_AS = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn)
 
 log = logging.getLogger("fp4pass.passes")
 
@@ -174,8 +178,8 @@ def _product(graph: FusedGraph, activations: Activations, call: Call, row: Produ
     operands = {
         "x": activation.values,
         "factor": activation.factor,
-        "codes": arguments[row.codes],
-        "scale": pick(arguments, row.scale),
+        "codes": _as_stored(call.node, arguments[row.codes]),
+        "scale": _as_stored(call.node, pick(arguments, row.scale)),
         "alphas": [found for name in row.alpha.split() if (found := pick(arguments, name)) is not None],
         "bias": arguments.get(row.bias),
         "ends": ends,
@@ -184,6 +188,17 @@ def _product(graph: FusedGraph, activations: Activations, call: Call, row: Produ
     build = functools.partial(_built, row.kind, row.transposed, rank, dtype, graph.emulate)
     graph.put(call, row.output, emit(call.node, lambda given: build(**given), operands))
     return "fp4pass.grouped_linear" if row.kind == GROUPED else "fp4pass.linear"
+
+
+def _as_stored(at: fx.Node, node: fx.Node) -> fx.Node:
+    """A weight's tensor without the FP4 or FP8 dtype that it is viewed as, which not every GPU's compiler knows."""
+    stored = node
+    while stored.target in (aten.view.dtype, aten.alias.default):
+        stored = stored.args[0]
+    if stored.target is aten.permute.default and value(stored).dtype in _VIEWED_AS:
+        inner = _as_stored(at, stored.args[0])
+        return emit(at, lambda tensor, dims=stored.args[1]: tensor.permute(dims), inner)
+    return stored if value(stored).dtype.itemsize == value(node).dtype.itemsize else node
 
 
 def _activation(activations: Activations, call: Call, row: Product, arguments: dict[str, Any]) -> Activation | Refusal:
