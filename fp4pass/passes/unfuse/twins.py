@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from fp4pass.lowering.layout import PLAIN
-from fp4pass.lowering.reference import GROUP, decode_codes, decode_scale, relu2
+from fp4pass.lowering.reference import GROUP, decode_scale, relu2
 
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 E2M1 = (1, 0, E2M1_MAX)
@@ -88,14 +88,6 @@ def per_row(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if wide.numel() > 1:
         return wide.reshape(-1, *[1] * (like.dim() - 1))
     return wide.reshape(()) if wide.dim() else wide
-
-
-def decoded(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """FP4 codes ``[M, K/2]`` (bytes) and swizzled block scales -> code x block scale ``[M, K]``."""
-    rows, half = codes.shape
-    scale = row_major(scale, (rows, 2 * half // GROUP))
-    blocks = decode_codes(codes, PLAIN, torch.float32).unflatten(-1, (-1, GROUP))
-    return (blocks * decode_scale(scale).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
