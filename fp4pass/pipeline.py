@@ -21,6 +21,7 @@ from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import Options
 from fp4pass.passes.experts import rewrite_experts
 from fp4pass.passes.linear import rewrite_linear
+from fp4pass.passes.lookup import rewrite_lookup
 from fp4pass.passes.moe import rewrite_moe
 from fp4pass.passes.rewriter import Rewriter, alike
 from fp4pass.passes.unfuse import unfuse
@@ -42,6 +43,7 @@ class Pass:
 PASSES: tuple[Pass, ...] = (
     Pass("unfuse", unfuse, "first: the others look at plain products only"),
     Pass("linear", rewrite_linear, "single matrices, which no later pass looks at"),
+    Pass("lookup", rewrite_lookup, "anywhere: rows of tables, which no other pass looks at"),
     Pass("moe", rewrite_moe, "before their products are taken one by one: a block is only seen whole"),
     Pass("experts", rewrite_experts, "last: what no whole block took"),
 )

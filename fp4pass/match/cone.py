@@ -72,14 +72,39 @@ def code_leaf(cone: Cone, inputs: Inputs) -> fx.Node:
 
 
 def code_tainted(graph: fx.Graph, inputs: Inputs | None = None) -> set[fx.Node]:
-    """Nodes computed from packed codes without a matrix product in between."""
+    """Nodes computed from packed codes without a matrix product or a look-up of rows in between."""
     tainted: set[fx.Node] = set()
     for node in graph.nodes:
         if holds_codes(node, inputs) or (
-            node.op == "call_function" and not is_product(node) and any(n in tainted for n in node.all_input_nodes)
+            node.op == "call_function"
+            and any(n in tainted for n in node.all_input_nodes)
+            and not is_product(node)
+            and looked_up(node, tainted, inputs) is None
         ):
             tainted.add(node)
     return tainted
+
+
+def looked_up(node: fx.Node, tainted: set[fx.Node], inputs: Inputs | None) -> fx.Node | None:
+    """The ids if ``node`` looks up rows of a single matrix, as an embedding does: what it gives is an activation.
+
+    Ids that are the same in every call put a weight's rows in another order: what they give is a weight still.
+    """
+    ids = gather_ids(node, tainted)
+    is_matrix = ids is not None and node.args[0] in tainted and value(node.args[0]).dim() == 2
+    return ids if is_matrix and _is_of_the_call(ids, inputs) else None
+
+
+def _is_of_the_call(node: fx.Node, inputs: Inputs | None) -> bool:
+    """Whether an argument of the call takes part in computing ``node``."""
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder" and (inputs is None or not inputs.is_constant(node)):
+            return True
+        stack.extend(n for n in node.all_input_nodes if n not in seen)
+        seen.update(node.all_input_nodes)
+    return False
 
 
 def gather_ids(node: fx.Node, tainted: set[fx.Node]) -> fx.Node | None:

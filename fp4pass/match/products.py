@@ -9,7 +9,7 @@ from torch import fx
 
 from fp4pass import _torch
 from fp4pass.match.anchors import Anchor, anchor_of
-from fp4pass.match.cone import CODE_DTYPES, Cone, Inputs, code_leaf, code_tainted, extract, value
+from fp4pass.match.cone import CODE_DTYPES, Cone, Inputs, code_leaf, code_tainted, extract, looked_up, value
 from fp4pass.match.convention import Convention
 from fp4pass.match.proof import Weight, prove
 from fp4pass.match.reasons import Refusal
@@ -23,11 +23,12 @@ Sizes = tuple[int | None, int, int]
 class Product:
     """One matrix product with a quantized operand.
 
-    ``weight_left`` says on which side of ``@`` the weight stands, ``x`` is the other operand.
+    ``weight_left`` says on which side of ``@`` the weight stands, ``x`` is the other operand. With no ``anchor`` it is
+    a look-up: the rows of the weight that the ids ``x`` name.
     """
 
     node: fx.Node
-    anchor: Anchor
+    anchor: Anchor | None
     codes: fx.Node
     x: fx.Node
     weight_left: bool
@@ -59,6 +60,7 @@ def find_products(graph: fx.Graph, inputs: Inputs) -> list[Product]:
     for node in graph.nodes:
         anchor = anchor_of(node)
         if anchor is None:
+            found.append(_look_up(node, tainted, inputs))
             continue
         operands = [node.args[position] in tainted for position in (anchor.left, anchor.right)]
         if any(operands):
@@ -75,6 +77,19 @@ def _product(node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.N
     with _torch.real_tensors(), torch.no_grad():
         weight = _proven(cone, codes, inputs)
     return Product(node, anchor, codes, node.args[x_at], weight_left, weight)
+
+
+def _look_up(node: fx.Node, tainted: set[fx.Node], inputs: Inputs) -> Product | None:
+    """The look-up of rows that ``node`` is, if it decodes a whole quantized table for them."""
+    ids = looked_up(node, tainted, inputs)
+    if ids is None or node.args[0].op != "call_function" or not value(node).is_floating_point():
+        return None
+    cone = extract(node.args[0], tainted)
+    codes = code_leaf(cone, inputs)
+    if scale_leaf(cone, codes) is None:
+        return None
+    with _torch.real_tensors(), torch.no_grad():
+        return Product(node, None, codes, ids, False, _proven(cone, codes, inputs))
 
 
 def _is_byte_matrix(codes: fx.Node) -> bool:

@@ -61,6 +61,10 @@ class Reason(Enum):
         "the rewrite itself failed",
         "please report this with the log of TORCH_LOGS=+fp4pass",
     )
+    MIXED_ROWS = (
+        "rows are looked up in a table that is stored in an order that mixes them",
+        "keep tables of embeddings in the checkpoint's order",
+    )
     NATIVE_FP4 = (
         "this GPU multiplies FP4 natively (SM100 and up)",
         "use a backend that does; fp4pass serves GPUs below SM100",

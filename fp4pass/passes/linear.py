@@ -27,7 +27,7 @@ def rewrite_linear(rewriter: Rewriter) -> None:
         %out = fp4pass.linear_backward(%x, %codes, %scale, %global, layout)      # sums over N
     """
     for product in list(rewriter.products):
-        if product.weight.roles.experts is not None:
+        if product.anchor is None or product.weight.roles.experts is not None:
             continue
         if value(product.x).dtype not in ACTIVATION_DTYPES or value(product.x).dtype != value(product.node).dtype:
             rewriter.refuse(product, Refusal(Reason.DTYPE, f"input {value(product.x).dtype}"))

@@ -257,14 +257,6 @@ def test_some_of_the_rows():
     assert_refused(RowsPicked(24), (activations(3, K),))
 
 
-def test_rows_looked_up_as_in_an_embedding():
-    def look_up(m, x, ids):
-        return functional.embedding(ids, m.weight(x.dtype)) @ x.mT
-
-    inputs = activations(3, K), torch.arange(N).flip(0)
-    assert_refused(Packed(replace(PLAIN, multiply=look_up)), inputs)
-
-
 # --- Experts.
 
 
