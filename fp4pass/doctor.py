@@ -74,18 +74,20 @@ def describe_gpu(name: str, sm: int) -> str:
 def self_test(device: torch.device, dtype: torch.dtype) -> int:
     """How many of the 4,064 finite code x scale products come out wrong of ``fp4pass::linear``; 0 is right.
 
-    The weight holds all sixteen codes in each of 256 rows, one row a scale byte; activations of ``dtype`` are the
-    identity, so that the result is the decoded weight. Rows whose scale is NaN do not count: loading refuses them.
+    The weight holds all sixteen codes, four times, in each of 256 rows, one row a scale byte; activations of ``dtype``
+    are the identity, so that the result is the decoded weight. Rows whose scale is NaN do not count: loading refuses
+    them.
     """
-    codes = torch.tensor([low | (low + 1) << 4 for low in range(0, 16, 2)], dtype=torch.uint8).repeat(256, 1)
-    scale = torch.arange(256, dtype=torch.uint8)[:, None]
+    codes = torch.tensor([low | (low + 1) << 4 for low in range(0, 16, 2)], dtype=torch.uint8).repeat(256, 4)
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 4)
     magnitudes = torch.tensor(_MAGNITUDES, dtype=torch.float64)
     # E4M3 to float64 is torch's own conversion, not ours.
-    expected = torch.cat((magnitudes, -magnitudes)) * scale.view(torch.float8_e4m3fn).double()
-    order = layout.layout_for(device)
-    identity = torch.eye(16, dtype=dtype, device=device)
-    packed = layout.from_plain(codes, order).to(device)
-    found = torch.ops.fp4pass.linear(identity, packed, scale.to(device), None, None, order).mT.cpu().double()
+    factors = scale.view(torch.float8_e4m3fn).double().repeat_interleave(16, 1)
+    expected = torch.cat((magnitudes, -magnitudes)).repeat(4) * factors
+    order = layout.layout_for(device, [expected.shape])
+    identity = torch.eye(64, dtype=dtype, device=device)
+    packed = layout.from_plain(codes, order).to(device), layout.scale_from_plain(scale, order).to(device)
+    found = torch.ops.fp4pass.linear(identity, *packed, None, None, order).mT.cpu().double()
     return int((found != expected)[expected.isfinite()].sum())
 
 

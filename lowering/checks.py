@@ -145,7 +145,6 @@ def _check_weight(
     global_scale: torch.Tensor | None,
     layout: str,
 ) -> None:
-    check_layout(layout, f"fp4pass::{op}")
     form = "[N, K/2]" if rank == 2 else "[E, N, K/2]"
     for suffix, operand in (("codes", codes), ("scale", scale)):
         name = prefix + suffix
@@ -167,6 +166,7 @@ def _check_weight(
             f"K a multiple of {GROUP}, the codes that share a block scale",
             "leave this layer in its dequantized form",
         )
+    check_layout(layout, f"fp4pass::{op}", (*codes.shape[:-1], k))
     expected = (*codes.shape[:-1], k // GROUP)
     if tuple(scale.shape) != expected:
         seen = f"shape {tuple(scale.shape)}"

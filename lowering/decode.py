@@ -56,6 +56,8 @@ def scale_assembly(half):
 @triton.constexpr_function
 def codes_assembly(layout, half):
     """A word ``$8`` and a pair of scales ``$9`` -> eight products ``$0 .. $7`` in natural order."""
+    if layout == "fragments":
+        return fragments_assembly(half)
     # The slot of the word that holds each k; see layout.py.
     slots = {"plain": "01234567", "plain_high_first": "10325476", "interleaved": "37261504"}[layout]
     down, kind = (3, "f16x2") if half else (6, "bf16x2")
@@ -70,6 +72,47 @@ def codes_assembly(layout, half):
         lines.append(f"and.b32 m, t, 0x70007000; shr.u32 m, m, {down}; and.b32 t, t, 0x80008000; or.b32 t, t, m;")
         lines.append(f"fma.rn.{kind} t, t, $9, z; mov.b32 {{${k}, ${k + 1}}}, t;")
     return "".join(lines) + "}"
+
+
+@triton.constexpr_function
+def fragments_assembly(half):
+    """The same for a word of the layout ``fragments``, where most codes come out by one shift and one mask.
+
+    Left shifts are written as multiplications: they then run beside the masks, on another pipe of the machine.
+    """
+    where, kind = "0x81C081C0", "f16x2" if half else "bf16x2"
+    lines = ["{ .reg .b32 t, u, z; mov.b32 z, 0x80008000;"]
+    for pair in range(4):
+        if pair == 0:
+            lines.append(f"and.b32 t, $8, {where};")
+        elif pair < 3:
+            lines.append(f"mul.lo.u32 t, $8, {8**pair}; and.b32 t, t, {where};")
+        else:
+            lines.append("mul.lo.u32 t, $8, 2; and.b32 t, t, 0x80008000;")
+            lines.append("shr.u32 u, $8, 5; and.b32 u, u, 0x01000100; or.b32 t, t, u;")
+            lines.append("shr.u32 u, $8, 4; and.b32 u, u, 0x00C000C0; or.b32 t, t, u;")
+        if half:
+            lines.append("and.b32 u, t, 0x01C001C0; shl.b32 u, u, 3; and.b32 t, t, 0x80008000; or.b32 t, t, u;")
+        lines.append(f"fma.rn.{kind} t, t, $9, z; mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, t;")
+    return "".join(lines) + "}"
+
+
+@triton.jit
+def word_offset(n, word, K: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where word ``word`` of row ``n`` (int64) lies in a weight ``[N, K/8]`` of 32-bit words."""
+    if LAYOUT == "fragments":
+        unit = n // 16 * (K // 64) + word // 8
+        return unit * 128 + n % 8 * 16 + word % 8 // 2 * 4 + n // 8 % 2 * 2 + word % 2
+    return n * (K // 8) + word
+
+
+@triton.jit
+def scale_offset(n, group, K: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where the scale of block ``group`` of row ``n`` (int64) lies in scales ``[N, K/16]``."""
+    if LAYOUT == "fragments":
+        unit = n // 16 * (K // 64) + group // 4
+        return unit * 64 + n % 8 * 8 + group % 4 * 2 + n // 8 % 2
+    return n * (K // 16) + group
 
 
 @triton.jit
@@ -112,14 +155,22 @@ def _decode_plainly(words, scale, LAYOUT: tl.constexpr):
     ROWS: tl.constexpr = words.shape[0]
     GROUPS: tl.constexpr = scale.shape[1]
     k = tl.arange(0, 8)
-    if LAYOUT == "interleaved":
-        slots = 3 - k // 2 + 4 * (k % 2)
-    elif LAYOUT == "plain_high_first":
-        slots = k ^ 1
+    if LAYOUT == "fragments":
+        half = words[:, :, None] >> (16 * (k % 2))[None, None, :]
+        pair = (k // 2)[None, None, :]
+        sign = tl.where(pair == 3, 14, 15 - 3 * pair)
+        aligned = half >> tl.where(pair == 3, 0, 6 - 3 * pair)
+        scattered = (half >> 11) & 4 | (half >> 10) & 3
+        nibbles = (half >> sign) << 3 & 8 | tl.where(pair == 3, scattered, aligned & 7)
     else:
-        tl.static_assert(LAYOUT == "plain", "unknown layout")
-        slots = k
-    nibbles = words[:, :, None] >> (4 * slots)[None, None, :]
+        if LAYOUT == "interleaved":
+            slots = 3 - k // 2 + 4 * (k % 2)
+        elif LAYOUT == "plain_high_first":
+            slots = k ^ 1
+        else:
+            tl.static_assert(LAYOUT == "plain", "unknown layout")
+            slots = k
+        nibbles = words[:, :, None] >> (4 * slots)[None, None, :]
     bits = ((nibbles & 8) << 12) | ((nibbles & 7) << 9)
     codes = bits.to(tl.int16).to(tl.float16, bitcast=True) * 16384.0
     byte = scale.to(tl.int32)

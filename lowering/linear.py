@@ -11,7 +11,7 @@ import triton.language as tl
 from fp4pass.errors import ArgumentError
 
 from .arch import Arch, Tile, target
-from .decode import decode_tile, to_dot_order
+from .decode import decode_tile, scale_offset, to_dot_order, word_offset
 from .tile import product_tile, times_global
 
 # From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
@@ -109,8 +109,12 @@ def linear_backward_kernel(
         n = first_n + tl.arange(0, BLOCK_N)
         row = n.to(tl.int64)[:, None]
         in_n = (n < N)[:, None]
-        word_tile = tl.load(words + row * (K // 8) + word[None, :], mask=in_n & (word < K // 8)[None, :], other=0)
-        scale_tile = tl.load(scale + row * (K // 16) + group[None, :], mask=in_n & (group < K // 16)[None, :], other=0)
+        word_tile = tl.load(
+            words + word_offset(row, word[None, :], K, LAYOUT), mask=in_n & (word < K // 8)[None, :], other=0
+        )
+        scale_tile = tl.load(
+            scale + scale_offset(row, group[None, :], K, LAYOUT), mask=in_n & (group < K // 16)[None, :], other=0
+        )
         grad_tile = tl.load(grad_rows + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
         weight = decode_tile(word_tile, scale_tile, LAYOUT, grad.dtype.element_ty, ASM)
         acc = tl.dot(grad_tile, weight, acc, input_precision="ieee")

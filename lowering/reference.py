@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from .layout import PLAIN, to_plain
+from .layout import PLAIN, UNIT_ROWS, scale_to_plain, to_plain
 
 GROUP = 16
 """Codes along K that share one block scale."""
@@ -64,7 +64,8 @@ def dequantize(
     then are ``[E, N, K/2]``) or None. Code x scale is exact; the global scale is multiplied last, in ``dtype``.
     """
     blocks = decode_codes(codes, layout, dtype).unflatten(-1, (scale.shape[-1], GROUP))
-    weight = (blocks * decode_scale(scale, dtype).unsqueeze(-1)).flatten(-2)
+    factors = decode_scale(scale_to_plain(scale, layout), dtype)
+    weight = (blocks * factors.unsqueeze(-1)).flatten(-2)
     if global_scale is None:
         return weight
     factor = global_scale.to(dtype)
@@ -187,9 +188,10 @@ def _product(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, layout: 
 
 
 def _pieces(codes: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of N whose decoding, temporaries included, stays within 256 MB."""
+    """Slices of N, in whole units, whose decoding, temporaries included, stays within 256 MB."""
     n, row_weights = codes.shape[0], codes.shape[-1] * 2
-    step = max(1, _PIECE_BYTES // (_TEMPORARIES * dtype.itemsize * max(1, row_weights)))
+    unit = UNIT_ROWS * _TEMPORARIES * dtype.itemsize * max(1, row_weights)
+    step = max(1, _PIECE_BYTES // unit) * UNIT_ROWS
     for start in range(0, max(n, 1), step):
         yield slice(start, min(start + step, n))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_tile, natural_position, undo_factor
+from .decode import decode_tile, natural_position, scale_offset, undo_factor, word_offset
 
 
 @triton.jit
@@ -42,8 +42,7 @@ def product_tile(
     K_PADDED: tl.constexpr = (K + 63) // 64 * 64
     STEPS: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS
     in_n = (n < N)[:, None]
-    word_rows = words + n.to(tl.int64)[:, None] * (K // 8)
-    scale_rows = scale + n.to(tl.int64)[:, None] * (K // 16)
+    row = n.to(tl.int64)[:, None]
     in_m = live[None, :]
     acc = tl.zeros((n.shape[0], x_rows.shape[0]), tl.float32)
     for step in range(STEPS):
@@ -52,8 +51,12 @@ def product_tile(
         k = natural_position(position) if ASM else position
         word = begin // 8 + tl.arange(0, BLOCK_K // 8)
         group = begin // 16 + tl.arange(0, BLOCK_K // 16)
-        word_tile = tl.load(word_rows + word[None, :], mask=in_n & (word < K // 8)[None, :], other=0)
-        scale_tile = tl.load(scale_rows + group[None, :], mask=in_n & (group < K // 16)[None, :], other=0)
+        word_tile = tl.load(
+            words + word_offset(row, word[None, :], K, LAYOUT), mask=in_n & (word < K // 8)[None, :], other=0
+        )
+        scale_tile = tl.load(
+            scale + scale_offset(row, group[None, :], K, LAYOUT), mask=in_n & (group < K // 16)[None, :], other=0
+        )
         column = position if X_IN_DOT_ORDER else k
         # The same condition, where it is, in a form that keeps neighbours together and so the loads wide.
         in_k = position < K_PADDED if X_IN_DOT_ORDER or K == K_PADDED else k < K

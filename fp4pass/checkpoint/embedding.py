@@ -17,7 +17,7 @@ class NVFP4Embedding(PackedModule):
 
     Parameters as ``parts`` names them: ``weight`` uint8 [V, D/2] (held as 64-bit words), ``weight_scale``
     float8_e4m3fn [V, D/16], ``weight_scale_2`` [] or [1], ``input_scale`` if the checkpoint has one (kept for saving,
-    never used). The codes keep the checkpoint's order on every device, since rows are read and no product is taken.
+    never used). The table keeps the checkpoint's order on every device, since rows are read and no product is taken.
     Raises CheckpointError if V or D is no multiple of 16.
     """
 
@@ -57,9 +57,11 @@ class NVFP4Embedding(PackedModule):
         return reference.dequantize(codes.view(torch.uint8), scale, factor, wide).to(dtype)
 
     def set_layout(self, layout: str) -> None:
-        """The codes stay as they are, whatever ``layout`` the weights of products take."""
+        """The table stays as it is, whatever ``layout`` the weights of products take."""
         check_layout(layout, "NVFP4Embedding.set_layout")
-        self.layout = PLAIN
+
+    def _layout_on(self, device: torch.device) -> str:
+        return PLAIN
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -1,7 +1,7 @@
-"""What a module with packed parameters must do: keep them packed, keep their bytes, and own the layout of its codes.
+"""What a module with packed parameters must do: keep them packed, keep their bytes, and own their layout.
 
 A parameter has the checkpoint's dtype on disk and in a state dict. In memory it may be held in another one that is
-better to compute from: the same bits under another name, or a number in a wider dtype. The layout of NVFP4 codes is
+better to compute from: the same bits under another name, or a number in a wider dtype. The layout of NVFP4 weights is
 chosen where the weights live: when they are loaded onto a device and when they move to another, never by a compile and
 never by a change of dtype. ``state_dict`` and ``load_state_dict`` speak the checkpoint's dtypes and layout.
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 from fp4pass.errors import CheckpointError
 from fp4pass.lowering import reference
-from fp4pass.lowering.layout import PLAIN, check_layout, layout_for, repack_
+from fp4pass.lowering.layout import PLAIN, check_layout, layout_for, repack_codes_, repack_scale_
 
 BLOCK = reference.GROUP
 
@@ -44,7 +44,7 @@ class Parts:
 class PackedModule(nn.Module):
     """Base of the modules that hold packed matrices as parameters.
 
-    ``layout`` is the order of NVFP4 codes in memory (a name from ``fp4pass.lowering.layout``). ``divides`` says that
+    ``layout`` is the order of NVFP4 weights in memory (a name from ``fp4pass.lowering.layout``). ``divides`` says that
     the weight is code x scale / global scale.
     """
 
@@ -107,7 +107,7 @@ class PackedModule(nn.Module):
         self._add(name, torch.empty((*outer, *scalar.shape), dtype=scalar.dtype, device=device), held)
 
     def operands(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(codes, scale bytes, global scale)`` of matrix ``name`` as fp4pass's ops take them, codes in ``layout``."""
+        """``(codes, scale bytes, global scale)`` of matrix ``name`` as fp4pass's ops take them, in ``layout``."""
         _, scale_name, factor_name = self._matrices[name]
         scale = getattr(self, scale_name).view(torch.uint8)
         codes, factor = getattr(self, name), getattr(self, factor_name).float()
@@ -140,7 +140,7 @@ class PackedModule(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the codes lie in the checkpoint's own order."""
+        """Whether codes and block scales lie in the checkpoint's own order."""
         return self.layout == PLAIN
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
@@ -148,18 +148,32 @@ class PackedModule(nn.Module):
         return self._stored.get(name)
 
     def set_layout(self, layout: str) -> None:
-        """Reorder the codes to ``layout`` in place; at most 256 MB beside them."""
-        check_layout(layout, f"{type(self).__name__}.set_layout")
-        for name in self._matrices:
-            repack_(self._parameters[name].data, self.layout, layout)
+        """Reorder codes and block scales to ``layout`` in place; at most 256 MB beside them.
+
+        Raises ArgumentError, with nothing moved, for a layout that is unknown or not for these shapes.
+        """
+        check_layout(layout, f"{type(self).__name__}.set_layout", *self._shapes())
+        for codes, scale, _ in self._matrices.values():
+            repack_codes_(self._parameters[codes].data, self.layout, layout)
+            repack_scale_(self._parameters[scale].data, self.layout, layout)
         self.layout = layout
+
+    def _shapes(self) -> Iterator[tuple[int, ...]]:
+        """``[..., N, K]`` of each matrix."""
+        for name in self._matrices:
+            *rows, half = self._parameters[name].shape
+            yield *rows, half * 2
+
+    def _layout_on(self, device: torch.device) -> str:
+        """The layout that the weights take on ``device``."""
+        return layout_for(device, self._shapes())
 
     def settle(self) -> None:
         """Take the dtypes to compute from, and the layout that belongs to the device that the weights arrived on."""
         for name, dtype in self._held.items():
             parameter = self._parameters[name]
             parameter.data = recast(parameter.data, dtype)
-        self.set_layout(layout_for(self.device))
+        self.set_layout(self._layout_on(self.device))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
         before = self.device
@@ -181,8 +195,9 @@ class PackedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._held:
             destination[prefix + name] = recast(destination[prefix + name], self._stored[name])
-        for name in self._matrices:
-            destination[prefix + name] = _reordered(destination[prefix + name], self.layout, PLAIN)
+        for codes, scale, _ in self._matrices.values():
+            for name, repack in ((codes, repack_codes_), (scale, repack_scale_)):
+                destination[prefix + name] = _repacked(repack, destination[prefix + name], self.layout, PLAIN)
 
     def _load_from_state_dict(
         self,
@@ -209,11 +224,12 @@ class PackedModule(nn.Module):
         if local_metadata.get("assign_to_params_buffers"):
             arrived = [arriving[prefix + name] for name in self._matrices if prefix + name in arriving]
             if arrived and arrived[0].device != self.device:
-                self.layout = layout_for(arrived[0].device)
-        for name in self._matrices:
-            tensor = arriving.get(prefix + name)
-            if tensor is not None and tensor.shape == self._parameters[name].shape:
-                arriving[prefix + name] = _reordered(tensor, PLAIN, self.layout)
+                self.layout = self._layout_on(arrived[0].device)
+        for codes, scale, _ in self._matrices.values():
+            for name, repack in ((codes, repack_codes_), (scale, repack_scale_)):
+                tensor = arriving.get(prefix + name)
+                if tensor is not None and tensor.shape == self._parameters[name].shape:
+                    arriving[prefix + name] = _repacked(repack, tensor, PLAIN, self.layout)
         super()._load_from_state_dict(
             arriving, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -227,6 +243,8 @@ def recast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if numbers else tensor.view(dtype)
 
 
-def _reordered(codes: torch.Tensor, source: str, target: str) -> torch.Tensor:
-    """``codes`` themselves where nothing changes, else a reordered copy, with at most 256 MB beside it."""
-    return codes if source == target else repack_(codes.detach().clone(), source, target)
+def _repacked(
+    repack: Callable[[torch.Tensor, str, str], torch.Tensor], tensor: torch.Tensor, source: str, target: str
+) -> torch.Tensor:
+    """``tensor`` itself where nothing changes, else a reordered copy, with at most 256 MB beside it."""
+    return tensor if source == target else repack(tensor.detach().clone(), source, target)

@@ -56,7 +56,7 @@ def test_loading_holds_little_beside_the_weights(tmp_path, tiny_sizes, monkeypat
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # worker threads would escape the mode
     sizes = tiny_sizes | {"layers": 8, "experts": 32, "intermediate": 96}
     directory = synthesize(tmp_path / "large", quantization_in_config=True, **sizes)
-    monkeypatch.setattr(packed, "layout_for", lambda device: "interleaved")
+    monkeypatch.setattr(packed, "layout_for", lambda device, shapes: "interleaved")
     with Alive() as alive:
         model = from_pretrained(directory)
     held = sum(parameter.nbytes for parameter in model.parameters())

@@ -87,7 +87,7 @@ def test_saving_gives_back_names_and_bytes(nano_dir, nano_model, tmp_path):
 
 
 def test_saving_undoes_the_kernels_layout(nano_dir, nano_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "layout_for", lambda device: "interleaved")
+    monkeypatch.setattr(packed, "layout_for", lambda device, shapes: "interleaved")
     model = nano_model()
     modules = [module for module in model.modules() if isinstance(module, PackedModule)]
     assert {module.layout for module in modules} == {"interleaved"}
@@ -136,7 +136,7 @@ class Dense(TorchDispatchMode):
 
 def test_no_quantized_weight_is_ever_wide_while_loading_or_saving(nano_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # worker threads would escape the mode
-    monkeypatch.setattr(packed, "layout_for", lambda device: "interleaved")
+    monkeypatch.setattr(packed, "layout_for", lambda device, shapes: "interleaved")
     with Dense() as seen:
         model = from_pretrained(nano_dir)
         model.save_pretrained(tmp_path / "saved")

@@ -11,8 +11,8 @@ from fp4pass import nvfp4
 from fp4pass.checkpoint import packed
 from fp4pass.checkpoint.modules import NVFP4Experts, NVFP4Linear
 from fp4pass.checkpoint.packed import Scalar
-from fp4pass.errors import CheckpointError
-from fp4pass.lowering.layout import LAYOUTS
+from fp4pass.errors import ArgumentError, CheckpointError
+from fp4pass.lowering.layout import LAYOUTS, layout_for, scale_to_plain
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -23,7 +23,7 @@ def same_numbers_and_no_earlier_graphs():
     torch.compiler.reset()
 
 
-def linear(k=80, n=48, bias=None, layout="plain"):
+def linear(k=64, n=48, bias=None, layout="plain"):
     module = NVFP4Linear(k, n, bias=bias, input_scale=Scalar(), device="cpu")
     module.weight.data, module.weight_scale.data, module.weight_scale_2.data = nvfp4.quantize(torch.randn(n, k))
     module.input_scale.data.fill_(0.5)
@@ -33,7 +33,7 @@ def linear(k=80, n=48, bias=None, layout="plain"):
     return module
 
 
-def experts(implementation="grouped_mm", layout="plain", count=8, hidden=80, intermediate=48):
+def experts(implementation="grouped_mm", layout="plain", count=8, hidden=128, intermediate=64):
     config = SimpleNamespace(mlp_hidden_act="relu2", _experts_implementation=implementation)
     module = NVFP4Experts(config, count, hidden, intermediate, device="cpu")
     for name, shape in {"up_proj": (count, intermediate, hidden), "down_proj": (count, hidden, intermediate)}.items():
@@ -44,7 +44,7 @@ def experts(implementation="grouped_mm", layout="plain", count=8, hidden=80, int
     return module
 
 
-def routed(tokens=6, dtype=torch.float32, hidden=80, count=8):
+def routed(tokens=6, dtype=torch.float32, hidden=128, count=8):
     x = torch.randn(tokens, hidden).to(dtype)
     ids = torch.stack([torch.randperm(count)[:2] for _ in range(tokens)])
     return x, ids, torch.rand(tokens, 2)
@@ -62,7 +62,7 @@ def assert_same_state(a, b):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [None, torch.float32])
 def test_linear_multiplies_by_the_decoded_weight(layout, bias):
-    module, x = linear(bias=bias, layout=layout), torch.randn(2, 3, 80)
+    module, x = linear(bias=bias, layout=layout), torch.randn(2, 3, 64)
     expected = torch.nn.functional.linear(x.double(), module.dense("weight", torch.float64))
     expected = expected if bias is None else expected + module.bias
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-4)
@@ -73,7 +73,7 @@ def test_linear_multiplies_by_the_decoded_weight(layout, bias):
 def test_experts_compute_the_weighted_sum_of_their_products(layout):
     module, (x, ids, weights) = experts(layout=layout), routed()
     up, down = module.dense("up_proj", torch.float64), module.dense("down_proj", torch.float64)
-    expected = torch.zeros(6, 80, dtype=torch.float64)
+    expected = torch.zeros(6, 128, dtype=torch.float64)
     for token in range(6):
         for slot in range(2):
             hidden = torch.relu(up[ids[token, slot]] @ x[token].double()) ** 2
@@ -83,9 +83,10 @@ def test_experts_compute_the_weighted_sum_of_their_products(layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["interleaved", "fragments"])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_linear_traces_whole_to_plain_pytorch(dtype, gradients):
-    module, x = linear(layout="interleaved"), torch.randn(3, 80, dtype=dtype)
+def test_linear_traces_whole_to_plain_pytorch(dtype, gradients, layout):
+    module, x = linear(layout=layout), torch.randn(3, 64, dtype=dtype)
     graphs = []
     compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     with torch.set_grad_enabled(gradients):
@@ -95,9 +96,11 @@ def test_linear_traces_whole_to_plain_pytorch(dtype, gradients):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
-def test_experts_trace_whole_with_transformers_own_functions(dtype, implementation):
-    module, (x, ids, weights) = experts(implementation), routed(dtype=dtype)
+@pytest.mark.parametrize(
+    ("implementation", "layout"), [("grouped_mm", "fragments"), ("batched_mm", "fragments"), ("eager", "plain")]
+)
+def test_experts_trace_whole_with_transformers_own_functions(dtype, implementation, layout):
+    module, (x, ids, weights) = experts(implementation, layout), routed(dtype=dtype)
     graphs = []
     compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     got = compiled(x, ids, weights)
@@ -106,15 +109,34 @@ def test_experts_trace_whole_with_transformers_own_functions(dtype, implementati
 
 
 def test_a_traced_linear_notices_a_change_of_layout():
-    module, x = linear(), torch.randn(3, 80)
+    module, x = linear(), torch.randn(3, 64)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     expected = compiled(x)
-    module.set_layout("interleaved")
-    assert torch.equal(compiled(x), expected)
+    for layout in LAYOUTS:
+        module.set_layout(layout)
+        assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize("make", [lambda: linear(k=80), lambda: linear(k=48), lambda: experts(intermediate=48)])
+def test_a_layout_that_is_not_for_the_shapes_is_refused_before_anything_moves(make):
+    module = make()
+    before = copy.deepcopy(dict(module.packed_parameters()))
+    with pytest.raises(ArgumentError, match=r"set_layout.*units of 16 rows by 64 columns"):
+        module.set_layout("fragments")
+    assert module.layout == "plain"
+    assert_same_state(before, dict(module.packed_parameters()))
+
+
+def test_scales_move_with_their_codes():
+    module = linear()
+    before = module.weight_scale.view(torch.uint8).clone()
+    module.set_layout("fragments")
+    assert not torch.equal(module.weight_scale.view(torch.uint8), before)
+    assert torch.equal(scale_to_plain(module.weight_scale.view(torch.uint8), "fragments"), before)
 
 
 def test_traced_linear_has_a_backward_to_the_activations():
-    module, x = linear(), torch.randn(3, 80, requires_grad=True)
+    module, x = linear(), torch.randn(3, 64, requires_grad=True)
     torch.compile(module, fullgraph=True, backend="eager")(x).sum().backward()
     torch.testing.assert_close(x.grad, module.dense("weight", torch.float32).sum(0).expand(3, -1))
 
@@ -155,10 +177,12 @@ def test_a_dense_weight_is_not_rounded_into_the_codes():
 
 
 def test_missing_and_misshapen_entries_are_reported_as_usual():
-    module = linear(layout="interleaved")
+    module = linear(layout="fragments")
     state = module.state_dict()
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         module.load_state_dict(state | {"weight": state["weight"][:16]})
+    with pytest.raises(RuntimeError, match="size mismatch for weight_scale"):
+        module.load_state_dict(state | {"weight_scale": state["weight_scale"][:, :2]})
     del state["weight_scale"]
     with pytest.raises(RuntimeError, match=r"Missing key.*weight_scale"):
         module.load_state_dict(state)
@@ -174,12 +198,12 @@ def saved_and_loaded(module):
 @pytest.mark.parametrize("make", [linear, experts])
 @pytest.mark.parametrize("clone", [copy.deepcopy, saved_and_loaded])
 def test_copies_keep_layout_and_bytes(make, clone):
-    module = make(layout="interleaved")
+    module = make(layout="fragments")
     twin = clone(module)
-    assert twin.layout == "interleaved"
+    assert twin.layout == "fragments"
     assert_same_state(dict(twin.packed_parameters()), dict(module.packed_parameters()))
     twin.set_layout("plain")
-    assert module.layout == "interleaved"
+    assert module.layout == "fragments"
     assert_same_state(twin.state_dict(), module.state_dict())
 
 
@@ -206,19 +230,28 @@ def test_no_whole_weight_is_converted_to_find_its_dtype():
 
 @pytest.fixture
 def meta_is_a_gpu(monkeypatch):
-    """Lets the meta device stand for one whose kernels want interleaved codes."""
-    monkeypatch.setattr(packed, "layout_for", lambda device: "interleaved" if device.type == "meta" else "plain")
+    """Lets the meta device have the layouts of a GPU."""
+    stand_in = {"meta": torch.device("cuda")}
+    monkeypatch.setattr(packed, "layout_for", lambda at, shapes: layout_for(stand_in.get(at.type, at), shapes))
 
 
-@pytest.mark.parametrize("make", [linear, experts])
-def test_arriving_on_a_device_chooses_the_layout(make, meta_is_a_gpu):
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        (linear, "fragments"),
+        (experts, "fragments"),
+        (lambda: linear(k=80), "interleaved"),
+        (lambda: experts(intermediate=48), "interleaved"),
+    ],
+)
+def test_arriving_on_a_device_chooses_the_layout(make, layout, meta_is_a_gpu):
     module = make()
     module.to("cpu")
     assert module.layout == "plain"
-    assert module.to("meta").layout == "interleaved"
-    assert module.to("meta").layout == "interleaved"
+    assert module.to("meta").layout == layout
+    assert module.to("meta").layout == layout
     module.bfloat16()
-    assert module.layout == "interleaved" and module.device.type == "meta"
+    assert module.layout == layout and module.device.type == "meta"
 
 
 def test_leaving_a_device_restores_the_checkpoints_layout(meta_is_a_gpu):

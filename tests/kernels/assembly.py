@@ -46,6 +46,7 @@ class Machine:
             "and.b32": lambda a, b: a & b,
             "or.b32": lambda a, b: a | b,
             "shl.b32": lambda a, b: a << b,
+            "mul.lo.u32": lambda a, b: a * b,
             "shr.u32": lambda a, b: a >> b,
         }
         return table[operation](*values)

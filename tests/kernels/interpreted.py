@@ -15,7 +15,7 @@ from triton.runtime.interpreter import TensorHandle
 from fp4pass.lowering import arch, decode, layout, linear, moe, reference
 
 from .assembly import WORD, Machine
-from .operands import activations, every_product, relative_error, weight
+from .operands import activations, every_product, relative_error, stored, weight
 
 PLAIN_FORM = {"arch": arch.target(80), "asm": False}
 ASSEMBLY = {"arch": arch.target(80), "asm": True}
@@ -59,7 +59,14 @@ EACH_FORM = pytest.mark.parametrize(
 )
 # The decoder's own tests take every layout; for the products' row strides and splits these will do.
 FEW_AND_MANY_ROWS = pytest.mark.parametrize(
-    ("rows", "order"), [(16, layout.PLAIN_HIGH_FIRST), (16, layout.INTERLEAVED), (256, layout.PLAIN)]
+    ("rows", "order"),
+    [
+        (16, layout.PLAIN_HIGH_FIRST),
+        (16, layout.INTERLEAVED),
+        (16, layout.FRAGMENTS),
+        (256, layout.PLAIN),
+        (256, layout.FRAGMENTS),
+    ],
 )
 
 
@@ -99,8 +106,8 @@ def decode_kernel(
     words, scale, out, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr, ASM: tl.constexpr, DOT_ORDER: tl.constexpr
 ):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)[:, None]
-    word_tile = tl.load(words + rows * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :])
-    scale_tile = tl.load(scale + rows * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)[None, :])
+    word_tile = tl.load(words + decode.word_offset(rows, tl.arange(0, COLUMNS // 8)[None, :], COLUMNS, LAYOUT))
+    scale_tile = tl.load(scale + decode.scale_offset(rows, tl.arange(0, COLUMNS // 16)[None, :], COLUMNS, LAYOUT))
     tile = decode.decode_tile(word_tile, scale_tile, LAYOUT, out.dtype.element_ty, ASM, DOT_ORDER)
     tl.store(out + rows * COLUMNS + tl.arange(0, COLUMNS)[None, :], tile)
 
@@ -111,7 +118,8 @@ def test_the_decoder_is_exact_for_every_product(order, dtype, form):
     asm = form["asm"] and dtype != torch.float32
     codes, scale, expected = every_product()
     out = torch.empty(256, 256, dtype=dtype)
-    words = layout.from_plain(codes, order).view(torch.int32)
+    codes, scale = stored(codes, scale, order)
+    words = codes.view(torch.int32)
     decode_kernel[(16,)](words, scale, out, 256, order, asm, False)
     assert torch.equal(out.double() * decode.undo_factor(asm), expected)
     if asm:
@@ -123,19 +131,20 @@ def test_the_decoder_is_exact_for_every_product(order, dtype, form):
 @FEW_AND_MANY_ROWS
 def test_all_finite_products_come_out_of_linear(order, dtype, rows, form):
     codes, scale, expected = every_product()
-    stored = layout.from_plain(codes, order)
+    operands = *stored(codes, scale, order), None
     eye = torch.eye(256, dtype=dtype)[:rows]
-    assert torch.equal(linear.linear(eye, stored, scale, None, None, order, **form).double(), expected.mT[:rows])
-    back = linear.linear_backward(eye, stored, scale, None, order, **form)
+    assert torch.equal(linear.linear(eye, *operands, None, order, **form).double(), expected.mT[:rows])
+    back = linear.linear_backward(eye, *operands, order, **form)
     assert torch.equal(back.double(), expected[:rows])
 
 
 @FEW_AND_MANY_ROWS
 def test_all_finite_products_come_out_of_expert_products(order, rows, form):
     codes, scale, expected = every_product()
-    stored = torch.stack([torch.zeros_like(codes)] + 15 * [layout.from_plain(codes, order)])
+    codes, scale = stored(codes, scale, order)
+    codes = torch.stack([torch.zeros_like(codes)] + 15 * [codes])
     ids, eye = torch.ones(rows, dtype=torch.int32), torch.eye(256, dtype=torch.float16)[:rows]
-    result = moe.gathered_linear(eye, stored, scale.expand(16, -1, -1).contiguous(), None, ids, order, **form)
+    result = moe.gathered_linear(eye, codes, scale.expand(16, -1, -1).contiguous(), None, ids, order, **form)
     assert torch.equal(result.double(), expected.mT[:rows])
 
 

@@ -41,7 +41,7 @@ def every_product() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def weight(
     *shape: int, seed: int = 0, order: str = layout.PLAIN, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A random weight ``[..., N, K]``: codes in ``order``, scale bytes of both signs near 1, global scale(s)."""
+    """A random weight ``[..., N, K]`` in ``order``: codes, scale bytes of both signs near 1, global scale(s)."""
     random = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     *lead, k = shape
     codes = torch.randint(0, 256, (*lead, k // 2), dtype=torch.uint8, **random)
@@ -52,7 +52,12 @@ def weight(
     scale = torch.where(rare, scale & 0x87, scale)
     count = () if len(lead) == 1 else (lead[0],)
     global_scale = torch.rand(count, **random) * 0.01 + 0.001
-    return layout.repack_(codes, layout.PLAIN, order), scale, global_scale
+    return *stored(codes, scale, order), global_scale
+
+
+def stored(codes: torch.Tensor, scale: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain codes and scale bytes of a weight -> the same in ``order``."""
+    return layout.from_plain(codes, order), layout.scale_from_plain(scale, order)
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu") -> torch.Tensor:

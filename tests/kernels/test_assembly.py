@@ -13,13 +13,23 @@ from .operands import E2M1, NAN_BYTES, e4m3, pack
 decode = pytest.importorskip("fp4pass.lowering.decode", reason="Triton is not installed", exc_type=ImportError)
 
 
+def words_of(nibbles, order):
+    """Integers 0..15 ``[16, 8]`` -> the word of ``order`` that holds each eight of them, int64 ``[16]``."""
+    if order == layout.FRAGMENTS:
+        # One unit, each of whose rows has but one word, eight times: [row % 8, block, row // 8, word of the block].
+        whole = nibbles.repeat(1, 8)
+        lanes = layout.from_plain(pack(whole), order).view(torch.int32).view(8, 4, 2, 2)
+        return lanes[:, 0, :, 0].T.flatten().to(torch.int64) & WORD
+    return layout.from_plain(pack(nibbles), order).view(torch.int32).to(torch.int64).flatten() & WORD
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("order", layout.LAYOUTS)
 def test_all_finite_products_of_the_assembly_are_exact(order, dtype):
     half = dtype == torch.float16
     scale_bytes = torch.tensor([byte for byte in range(256) if byte not in NAN_BYTES])
     nibbles = (torch.arange(16)[:, None] + torch.arange(8)) % 16
-    words = layout.from_plain(pack(nibbles), order).view(torch.int32).to(torch.int64).flatten() & WORD
+    words = words_of(nibbles, order)
     scales = Machine(**{"$1": scale_bytes}).run(decode.scale_assembly(half)).registers["$0"]
     machine = Machine(**{"$8": words.repeat(254), "$9": scales.repeat_interleave(16)})
     machine.run(decode.codes_assembly(order, half))

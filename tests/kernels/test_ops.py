@@ -12,7 +12,7 @@ import torch
 from fp4pass.errors import ArgumentError, GradientError
 from fp4pass.lowering import layout, ops, reference
 
-from .operands import activations, every_product, relative_error, weight
+from .operands import activations, every_product, relative_error, stored, weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 0.0018, torch.float16: 0.0003}
@@ -20,19 +20,20 @@ fp4pass = torch.ops.fp4pass
 
 
 def moe_operands(tokens=7, dtype=torch.float32, order=layout.PLAIN):
-    up, down = weight(6, 48, 80, seed=2, order=order), weight(6, 112, 48, seed=3, order=order)
+    hidden, inner, out = (128, 64, 112) if order == layout.FRAGMENTS else (80, 48, 112)
+    up, down = weight(6, inner, hidden, seed=2, order=order), weight(6, out, inner, seed=3, order=order)
     ids = torch.randint(0, 6, (tokens, 3), generator=torch.Generator().manual_seed(4))
-    return activations(tokens, 80, dtype=dtype), ids, torch.rand(tokens, 3), *up, *down, "relu2", order
+    return activations(tokens, hidden, dtype=dtype), ids, torch.rand(tokens, 3), *up, *down, "relu2", order
 
 
 @pytest.mark.parametrize("order", layout.LAYOUTS)
 def test_all_finite_products_come_out_of_linear(order):
     codes, scale, expected = every_product()
-    stored = layout.from_plain(codes, order)
+    operands = *stored(codes, scale, order), None
     for dtype in DTYPES:
-        result = fp4pass.linear(torch.eye(256, dtype=dtype), stored, scale, None, None, order)
+        result = fp4pass.linear(torch.eye(256, dtype=dtype), *operands, None, order)
         assert torch.equal(result.double(), expected.mT)
-        back = fp4pass.linear_backward(torch.eye(256, dtype=dtype), stored, scale, None, order)
+        back = fp4pass.linear_backward(torch.eye(256, dtype=dtype), *operands, order)
         assert torch.equal(back.double(), expected)
 
 
@@ -83,8 +84,9 @@ def test_sentinel_ids_contribute_zero_even_with_nan_weights(sentinel):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_experts_meet_the_oracle(dtype):
-    operands = moe_operands(dtype=dtype, order=layout.INTERLEAVED)
+@pytest.mark.parametrize("order", (layout.INTERLEAVED, layout.FRAGMENTS))
+def test_experts_meet_the_oracle(order, dtype):
+    operands = moe_operands(dtype=dtype, order=order)
     exact = reference.experts(*operands, accumulate=torch.float64)
     assert relative_error(fp4pass.experts(*operands), exact) < TOLERANCE[dtype]
     assert fp4pass.experts(*moe_operands(tokens=0, dtype=dtype)).shape == (0, 112)
@@ -189,6 +191,7 @@ def linear_arguments(**changes):
         ({"global_scale": torch.ones((), dtype=torch.float64)}, "global_scale has the wrong dtype"),
         ({"bias": torch.zeros(80)}, "bias has the wrong size"),
         ({"layout": "tiled"}, "unknown layout"),
+        ({"layout": "fragments"}, "units of 16 rows by 64 columns"),
     ],
 )
 def test_wrong_operands_of_linear_are_named(changes, message):

@@ -7,7 +7,7 @@ import torch
 
 from fp4pass.lowering import layout, reference
 
-from .operands import E2M1, NAN_BYTES, activations, e4m3, every_product, pack, relative_error, weight
+from .operands import E2M1, NAN_BYTES, activations, e4m3, every_product, pack, relative_error, stored, weight
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -15,9 +15,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", layout.LAYOUTS)
 def test_every_code_decodes_exactly(order, dtype):
-    codes = layout.from_plain(pack(torch.arange(16)), order)
+    codes = layout.from_plain(pack(torch.arange(16)).repeat(16, 4), order)
     decoded = reference.decode_codes(codes, order, dtype)
-    expected = torch.tensor(E2M1, dtype=dtype)
+    expected = torch.tensor(E2M1, dtype=dtype).repeat(16, 4)
     assert decoded.dtype == dtype and torch.equal(decoded, expected)
     assert torch.equal(decoded.signbit(), expected.signbit())
 
@@ -37,7 +37,7 @@ def test_every_scale_byte_decodes_exactly(dtype):
 @pytest.mark.parametrize("order", layout.LAYOUTS)
 def test_all_finite_products_are_bit_exact(order, dtype):
     codes, scale, expected = every_product()
-    decoded = reference.dequantize(layout.from_plain(codes, order), scale, None, dtype, order)
+    decoded = reference.dequantize(*stored(codes, scale, order), None, dtype, order)
     assert torch.equal(decoded.double(), expected)
     finite = [byte for byte in range(256) if byte not in NAN_BYTES]
     assert len({(byte, code) for byte in finite for code in range(16)}) == 4064
@@ -50,11 +50,12 @@ def test_a_nan_scale_byte_gives_nan_weights():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_decoding_traces_without_graph_breaks_and_on_meta(dtype):
-    codes, scale, global_scale = weight(3, 32, 48, order=layout.INTERLEAVED)
+@pytest.mark.parametrize("order", (layout.INTERLEAVED, layout.FRAGMENTS))
+def test_decoding_traces_without_graph_breaks_and_on_meta(order, dtype):
+    codes, scale, global_scale = weight(3, 32, 64, order=order)
 
     def decode(*operands):
-        return reference.dequantize(*operands, dtype, layout.INTERLEAVED)
+        return reference.dequantize(*operands, dtype, order)
 
     expected = decode(codes, scale, global_scale)
     traced = torch.compile(decode, backend="aot_eager", fullgraph=True)
@@ -70,16 +71,17 @@ def test_global_scale_forms_agree():
     assert torch.equal(first, reference.dequantize(codes, scale, None, torch.float64) * 0.25)
 
 
-def test_pieces_change_nothing(monkeypatch):
-    codes, scale, global_scale = weight(48, 80)
-    x, grad = activations(5, 80), activations(5, 48)
-    arguments = (codes, scale, global_scale)
-    whole = reference.linear(x, *arguments, None, layout.PLAIN, torch.float64)
-    whole_backward = reference.linear_backward(grad, *arguments, layout.PLAIN, torch.float64)
-    monkeypatch.setattr(reference, "_PIECE_BYTES", 8 * 4 * 80 * 7)
-    assert len(list(reference._pieces(codes, torch.float64))) == 7
-    assert torch.equal(reference.linear(x, *arguments, None, layout.PLAIN, torch.float64), whole)
-    pieces = reference.linear_backward(grad, *arguments, layout.PLAIN, torch.float64)
+@pytest.mark.parametrize(("order", "k"), [(layout.PLAIN, 80), (layout.FRAGMENTS, 128)])
+@pytest.mark.parametrize(("rows_at_once", "pieces"), [(1, 7), (40, 4)])
+def test_pieces_change_nothing(order, k, rows_at_once, pieces, monkeypatch):
+    arguments = codes, *_ = weight(112, k, order=order)
+    x, grad = activations(5, k), activations(5, 112)
+    whole = reference.linear(x, *arguments, None, order, torch.float64)
+    whole_backward = reference.linear_backward(grad, *arguments, order, torch.float64)
+    monkeypatch.setattr(reference, "_PIECE_BYTES", 8 * 4 * k * rows_at_once)
+    assert len(list(reference._pieces(codes, torch.float64))) == pieces
+    assert torch.equal(reference.linear(x, *arguments, None, order, torch.float64), whole)
+    pieces = reference.linear_backward(grad, *arguments, order, torch.float64)
     assert relative_error(pieces, whole_backward) < 1e-6
 
 
