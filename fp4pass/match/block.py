@@ -7,6 +7,7 @@ scaled down, the tokens and their routing stay as they are. Whole numbers keep e
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ LARGEST_REGION = 200
 FILLS, MOST_IDS = 3, 4096
 _BOUNDS = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.minimum.default}
 _BOUNDS |= {aten.maximum.default, aten.hardtanh.default}
+_COUNTS = {prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step}
+_SORTS = {aten.sort.default, aten.sort.stable}
+_PICKS = {aten.index.Tensor, aten.index_put.default}
+_MOVES = {aten.view.default, aten.reshape.default, aten.clone.default, aten.unsqueeze.default, aten.expand.default}
+_MOVES |= {aten.div.Tensor_mode, aten.floor_divide.default, prims.convert_element_type.default}
 _VERDICTS = Memo()
 NARROW = {"H": 4, "I": 6, "O": 5}
 
@@ -173,11 +179,25 @@ def _is_read_elsewhere(nodes: Sequence[fx.Node], up: fx.Node, end: fx.Node) -> b
 
 
 def _numbers_rows(nodes: Sequence[fx.Node], total: fx.Node) -> bool:
-    """With a number of tokens that varies: whether rows are told apart by their place, other than to sort them back."""
+    """With a number of tokens that varies: whether rows are told apart by their place, other than to pick them.
+
+    Places come from counting and from sorting; compared with a number they would show only beyond the traced tokens.
+    """
     if isinstance(value(total).shape[0], int):
         return False
-    numbers = [n for n in nodes if n.target in (prims.iota.default, aten.arange.default, aten.arange.start_step)]
-    return any(user.target is not aten.index_put.default for number in numbers for user in number.users)
+    places: set[fx.Node] = set()
+    for node in nodes:
+        is_order = node.target is operator.getitem and node.args[0].target in _SORTS and node.args[1] == 1
+        if is_order or node.target in _COUNTS:
+            places.add(node)
+        elif node.target in _PICKS:
+            source, written = node.args[0], node.args[2:3]
+            places |= {node} if places & {source, *written} else set()
+        elif places.intersection(node.all_input_nodes):
+            if node.target not in _MOVES:
+                return True
+            places.add(node)
+    return False
 
 
 def _leaf_kind(node: fx.Node, frame: _Frame) -> str | None:

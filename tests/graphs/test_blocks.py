@@ -246,10 +246,28 @@ def test_an_expert_that_is_left_out():
     assert_one_by_one(module, (x, torch.tensor([[37, 1]]), weights))
 
 
+def later_by_number(x):
+    return torch.where(torch.arange(x.shape[0]).unsqueeze(1) >= 8, 2 * x, x)
+
+
+def later_in_an_order(weights):
+    return torch.where(weights.flatten().sort().indices.unsqueeze(1) >= 8, 2 * weights, weights)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_tokens_later_than_those_traced():
-    late = written(rows=lambda x: torch.where(torch.arange(x.shape[0]).unsqueeze(1) >= 8, 2 * x, x))
-    module = Routed(late)
+def test_a_block_of_any_number_of_tokens(form):
+    module = Routed(FORMS[form])
+    run = compiling(module, {"check": True}, dynamic=True)
+    for tokens in (3, 7):
+        assert relative_error(run(*routing(tokens)), module(*routing(tokens)).double()) < 1e-6
+    assert [entry.op for entry in run.report.rewritten] == ["fp4pass.experts"]
+
+
+@pytest.mark.parametrize("late", [{"rows": later_by_number}, {"shares": later_in_an_order}])
+@torch.no_grad()
+def test_tokens_later_than_those_traced(late):
+    module = Routed(written(**late))
     run = compiling(module, {"check": True}, dynamic=True)
     for tokens in (3, 7):
         result = run(*routing(tokens))
