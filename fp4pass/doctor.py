@@ -88,7 +88,8 @@ def self_test(device: torch.device, dtype: torch.dtype) -> int:
     identity = torch.eye(64, dtype=dtype, device=device)
     packed = layout.from_plain(codes, order).to(device), layout.scale_from_plain(scale, order).to(device)
     found = torch.ops.fp4pass.linear(identity, *packed, None, None, order).mT.cpu().double()
-    return int((found != expected)[expected.isfinite()].sum())
+    wrong = (found != expected) & expected.isfinite()
+    return int(wrong.view(256, 4, 16).any(1).sum())
 
 
 def _tested(device: torch.device) -> Finding:

@@ -10,6 +10,8 @@ import torch
 
 from fp4pass.errors import DeviceError
 
+from .layout import FRAGMENTS
+
 FIRST_SM, FIRST_NATIVE_SM = 80, 100
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,8 +26,11 @@ class Tile:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return f"tiles: {self.block_m}x{self.block_n}x{self.block_k}, {self.warps} warps, {self.stages} stages"
+
     @property
-    def launch(self) -> dict[str, int]:
+    def constants(self) -> dict[str, int]:
         """Keywords for a kernel that has these block sizes as constants."""
         return {
             "BLOCK_M": self.block_m,
@@ -34,6 +39,46 @@ class Tile:
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """A launch of few_rows.py: warps that split K, rows of units each has, steps under way at once, rows of x.
+
+    ``early``: it begins to read its weight while the kernel before it ends (programmatic dependent launch, SM90).
+    """
+
+    warps: int
+    rows: int
+    depth: int
+    block_m: int
+    early: bool = False
+
+    def __str__(self) -> str:
+        return f"few rows: {self.block_m}x{16 * self.rows}, {self.warps} warps"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Keywords for its kernels."""
+        return {"ROWS": self.rows, "DEPTH": self.depth, "BLOCK_M": self.block_m, "num_warps": self.warps}
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """A launch of many_rows.py: rows of x and of weight in a tile, stages, warps that multiply."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"many rows: {self.block_m}x{self.block_n}, {self.stages} stages"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Keywords for its kernel."""
+        return {"BM": self.block_m, "BN": self.block_n, "STAGES": self.stages, "num_warps": self.warps}
 
 
 Tiles = tuple[tuple[int, Tile], ...]
@@ -55,6 +100,17 @@ _SINGLE = ((16, Tile(16, 64, 32, 4, 2)), (_ANY, Tile(32, 64, 32, 4, 2)))
 # The product over N: block_n is the depth there and block_k the width.
 _BACKWARD_HALF = Tile(64, 32, 64, 4, 2)
 _BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
+
+# The most rows of x that each is for, then warps, rows of units, depth, early: the fastest of those tried on an H200.
+# Low weights need more warps to each row of units; in wide ones with a short K two rows of units share a load of x.
+_FEW_LOW = ((16, 8, 1, 8, True), (32, 4, 1, 8, False), (64, 4, 1, 8, True))
+_FEW = ((32, 4, 1, 8, False), (64, 4, 1, 8, True))
+_FEW_WIDE = ((16, 4, 1, 8, True), (32, 4, 2, 4, True))
+_FEW_WIDE_SHORT = ((32, 4, 2, 4, True),)
+_FEW_EXPERTS = ((32, 2, 2, 4, False),)
+_LOW, _SHORT = 3072, 4096
+_MANY = ((64, ManyRows(64, 128, 5, 4)), (256, ManyRows(128, 128, 4, 8)), (_ANY, ManyRows(256, 128, 3, 8)))
+_MANY_EXPERTS = ((128, ManyRows(64, 128, 5, 4)), (_ANY, ManyRows(128, 128, 4, 8)))
 
 _MOST_SPLITS = 8
 _FEWEST_STEPS_A_SPLIT = 2
@@ -90,6 +146,28 @@ class Arch:
             return _WGMMA_EXPERTS if experts else _WGMMA
         return _MMA_EXPERTS if experts else _MMA
 
+    def launch(
+        self, rows: int, dtype: torch.dtype, layout: str, *, columns: int, depth: int, experts: bool = False
+    ) -> FewRows | ManyRows | Tile:
+        """What a product over K runs with on a GPU: ``rows`` of x (an expert's, for ``experts``), a weight ``[N, K]``.
+
+        Which of the three says which kernel: see few_rows.py, many_rows.py, and linear.py or moe.py for tiles.
+        """
+        if layout == FRAGMENTS and dtype != torch.float32:
+            if few := self._few_rows(rows, columns, depth, experts):
+                return few
+            # Triton 3.6 does not compile many_rows.py for a single step.
+            if self.wgmma and depth >= 128:
+                return next(launch for most, launch in (_MANY_EXPERTS if experts else _MANY) if rows <= most)
+        return self.tile(rows, dtype, experts=experts, columns=columns)
+
+    def _few_rows(self, rows: int, columns: int, depth: int, experts: bool) -> FewRows | None:
+        for most, warps, unit_rows, steps, early in _few_rows_of(columns, depth, experts):
+            if rows <= most:
+                block_m = max(8, 1 << (rows - 1).bit_length())
+                return FewRows(warps, unit_rows, steps, block_m, early and self.wgmma)
+        return None
+
     def backward_tile(self, dtype: torch.dtype) -> Tile:
         """The tile of a product over N."""
         return _BACKWARD_SINGLE if dtype == torch.float32 else _BACKWARD_HALF
@@ -104,6 +182,14 @@ class Arch:
         wanted = max(1, min(programs // max(1, tiles), steps // _FEWEST_STEPS_A_SPLIT, _MOST_SPLITS))
         longest = -(-steps // wanted)
         return -(-steps // longest)
+
+
+def _few_rows_of(columns: int, depth: int, experts: bool) -> tuple[tuple[int, int, int, int, bool], ...]:
+    if experts:
+        return _FEW_EXPERTS
+    if columns >= _WIDE:
+        return _FEW_WIDE_SHORT if depth < _SHORT else _FEW_WIDE
+    return _FEW_LOW if columns < _LOW else _FEW
 
 
 ARCHS = {
@@ -170,6 +256,18 @@ def configurations(arch: Arch) -> Iterator[tuple[str, torch.dtype, Tile]]:
             yield "product", dtype, wide
         yield from (("experts", dtype, tile) for _, tile in arch.tiles(dtype, experts=True))
         yield "backward", dtype, arch.backward_tile(dtype)
+
+
+def launches(arch: Arch) -> Iterator[tuple[bool, FewRows | ManyRows]]:
+    """Every launch of few_rows.py and many_rows.py that a call on ``arch`` can pick, once: (of experts, launch)."""
+    shapes = [(columns, depth) for columns in (_LOW - 16, _LOW, _WIDE) for depth in (_SHORT - 64, _SHORT)]
+    found = {
+        (experts, arch.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth, experts=experts))
+        for columns, depth in shapes
+        for experts in (False, True)
+        for rows in (1, 16, 32, 64, 128, 256, _ANY)
+    }
+    yield from sorted(((experts, each) for experts, each in found if not isinstance(each, Tile)), key=str)
 
 
 def support_matrix() -> str:

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fp4pass.errors import ArgumentError
-
-from .arch import Arch, Tile, target
+from . import few_rows, many_rows
+from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
+from .operands import Weight, rows_of, words_of
 from .tile import product_tile, times_global
 
 # From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
@@ -140,26 +140,44 @@ def linear(
 ) -> torch.Tensor:
     """Launch of ``fp4pass::linear``; see ops.py. ``arch`` and ``asm=False`` are for the interpreter's sake."""
     arch = arch or target(x.device)
-    n, k = codes.shape[0], codes.shape[1] * 2
+    n = codes.shape[0]
     rows = rows_of(x)
     m = rows.shape[0]
     out = x.new_empty((m, n))
     if out.numel() == 0:
         return out.view(*x.shape[:-1], n)
-    tile = arch.tile(m, x.dtype, columns=n)
     asm = asm and x.dtype != torch.float32
+    weight = Weight(codes, scale, global_scale, layout)
+    launch = arch.tile(m, x.dtype, columns=n)
+    if asm and x.is_cuda:
+        launch = arch.launch(m, x.dtype, layout, columns=n, depth=rows.shape[1])
+    if isinstance(launch, FewRows):
+        few_rows.linear(rows, weight, bias, out, launch)
+    elif isinstance(launch, ManyRows):
+        many_rows.linear(rows, weight, bias, out, launch)
+    else:
+        _in_tiles(rows, weight, bias, out, arch, launch, asm)
+    return out.view(*x.shape[:-1], n)
+
+
+def _in_tiles(
+    rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, arch: Arch, tile: Tile, asm: bool
+) -> None:
+    """Any layout, any dtype, on every GPU."""
+    m, k = rows.shape
+    n = out.shape[1]
     tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
     # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
     splits = arch.splits(tiles[1], triton.cdiv(k, tile.block_k), tile) if tiles[0] == 1 else 1
     in_dot_order = asm and m >= REORDER_FROM
     if in_dot_order:
         rows = to_dot_order(rows)
-    parts = out if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
+    parts = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
     linear_kernel[(*tiles, splits)](
         rows,
-        words_of(codes),
-        scale,
-        global_scale,
+        weight.words,
+        weight.scale,
+        weight.global_scale,
         bias,
         parts,
         m,
@@ -167,17 +185,16 @@ def linear(
         rows.stride(0),
         K=k,
         SPLITS=splits,
-        LAYOUT=layout,
+        LAYOUT=weight.layout,
         ASM=asm,
         X_IN_DOT_ORDER=in_dot_order,
-        **tile.launch,
+        **tile.constants,
     )
     if splits > 1:
         block = 256
         sum_parts_kernel[(m, triton.cdiv(n, block))](
-            parts, global_scale, bias, out, m, n, SPLITS=splits, ASM=asm, BLOCK=block, num_warps=4
+            parts, weight.global_scale, bias, out, m, n, SPLITS=splits, ASM=asm, BLOCK=block, num_warps=4
         )
-    return out.view(*x.shape[:-1], n)
 
 
 def linear_backward(
@@ -210,24 +227,6 @@ def linear_backward(
             K=k,
             LAYOUT=layout,
             ASM=asm and grad.dtype != torch.float32,
-            **tile.launch,
+            **tile.constants,
         )
     return out.view(*grad.shape[:-1], k)
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """``x [..., K]`` as a matrix ``[M, K]`` with contiguous rows at any distance; a copy only where they are not."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def words_of(codes: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 ``[..., K/2]`` seen as 32-bit words int32 ``[..., K/8]``; ArgumentError if they start off a word."""
-    if codes.storage_offset() % 4:
-        raise ArgumentError(
-            "codes do not start at a multiple of 4 bytes",
-            seen=f"storage offset {codes.storage_offset()}",
-            expected="codes that begin on a 32-bit word of their storage",
-            do="call .clone() on the codes once, at load",
-        )
-    return codes.view(torch.int32)

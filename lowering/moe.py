@@ -16,14 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .arch import Arch, Tile, target
+from . import few_rows, many_rows
+from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import natural_position, to_dot_order
-from .linear import rows_of, words_of
+from .operands import Schedule, Weight, rows_of
 from .reference import expert_of_row
+from .schedule import runs_directly, schedule
 from .tile import product_tile, times_global
-
-# Up to here a program a slot is cheaper than sorting, although two slots may read the same weight.
-_MOST_DIRECT_SLOTS = 64
 
 # The second products of all slots before their sum. More tokens run in parts: each still fills the widest tile.
 _WORKSPACE_BYTES = 256 << 20
@@ -123,27 +122,6 @@ def sum_slots_kernel(slots, ids, out, N, EXPERTS, CHOICES: tl.constexpr, BLOCK: 
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Which slots each block works on: see ``expert_product_kernel``. ``order`` is None in a direct run."""
-
-    blocks: int
-    experts: torch.Tensor
-    order: torch.Tensor | None = None
-    ends: torch.Tensor | None = None
-    block_ends: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The weights ``[E, N, K]`` of all experts, in their codes' layout."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    global_scale: torch.Tensor | None
-    layout: str
-
-
-@dataclass(frozen=True)
 class Rows:
     """Activations ``[R, columns]``, in or out of a product, and the order of their columns.
 
@@ -153,27 +131,6 @@ class Rows:
     tensor: torch.Tensor
     in_dot_order: bool = False
     slots: int = 1
-
-
-def schedule(ids: torch.Tensor, experts: int, block_m: int) -> Schedule:
-    """The schedule of slots with expert ids ``[S]``, in tiles of ``block_m``; ids outside ``[0, experts)`` drop out.
-
-    Every tensor's size follows from S and ``experts`` alone: blocks that turn out not to be needed get an expert
-    outside the range.
-    """
-    count = ids.shape[0]
-    if _runs_directly(count, experts):
-        return Schedule(count, ids)
-    ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
-    by_expert, order = torch.sort(ids, stable=True)
-    numbers = torch.arange(experts, device=ids.device, dtype=ids.dtype)
-    ends = torch.searchsorted(by_expert, numbers, right=True)
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
-    block_ends = ((sizes + block_m - 1) // block_m).cumsum(0)
-    # An expert's first block needs one slot, every further one block_m more.
-    nonempty = min(count, experts)
-    blocks = nonempty + (count - nonempty) // block_m
-    return Schedule(blocks, expert_of_row(block_ends, blocks), order, ends, block_ends)
 
 
 def gathered_linear(
@@ -190,11 +147,18 @@ def gathered_linear(
     """Launch of ``fp4pass::gathered_linear``; see ops.py. ``arch`` and ``asm=False`` are for the interpreter's sake."""
     arch = arch or target(x.device)
     out = x.new_zeros((x.shape[0], codes.shape[1]))
-    if out.numel():
-        tile = _tile(arch, ids, codes.shape[0], x.dtype)
-        plan = schedule(ids.contiguous(), codes.shape[0], tile.block_m)
-        weight = Weight(codes, scale, global_scale, layout)
-        _product(plan, tile, _rows_for(plan, rows_of(x), 1, asm), weight, None, Rows(out), "none", asm)
+    if not out.numel():
+        return out
+    weight, rows, ids = Weight(codes, scale, global_scale, layout), rows_of(x), ids.contiguous()
+    launch = _launch_for(arch, x, ids, weight, asm)
+    plan = schedule(ids, weight.count, launch.block_m)
+    if isinstance(launch, FewRows):
+        few_rows.expert_product(plan, rows, 1, weight, None, out, "none", launch)
+    elif isinstance(launch, ManyRows):
+        # The routing weights say that each result goes back to its slot.
+        many_rows.expert_product(plan, rows[plan.order], weight, rows.new_ones(len(rows)), out, "none", launch)
+    else:
+        _product(plan, launch, _rows_for(plan, rows, 1, asm), weight, None, Rows(out), "none", asm)
     return out
 
 
@@ -258,30 +222,38 @@ def _experts_of(
 ) -> None:
     """Write the block's result for the tokens of ``x`` into ``out``, a part of the whole result."""
     flat, choices = ids.reshape(-1), ids.shape[1]
-    experts_count, inner, columns = up.codes.shape[0], up.codes.shape[1], out.shape[1]
-    tile = _tile(arch, flat, experts_count, x.dtype)
-    plan = schedule(flat, experts_count, tile.block_m)
-    ordered = asm and x.dtype != torch.float32
-    # The first product leaves its columns in the dot order, where the second one reads them side by side.
-    width = inner + (-inner % 64 if ordered else 0)
-    hidden = Rows(x.new_empty((flat.shape[0], width)), ordered)
+    inner, columns, routing = up.codes.shape[1], out.shape[1], weights.reshape(-1)
+    launch = _launch_for(arch, x, flat, up, asm)
+    plan = schedule(flat, up.count, launch.block_m)
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
-    _product(plan, tile, _rows_for(plan, x, choices, asm), up, None, hidden, activation, asm)
-    _product(plan, tile, hidden, down, weights.reshape(-1), Rows(slots), "none", asm)
+    if isinstance(launch, FewRows):
+        hidden = x.new_empty((flat.shape[0], inner))
+        few_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch)
+        few_rows.expert_product(plan, hidden, 1, down, routing, slots, "none", launch)
+    elif isinstance(launch, ManyRows):
+        hidden = x.new_empty((flat.shape[0], inner))
+        many_rows.expert_product(plan, x[plan.order // choices], up, None, hidden, activation, launch)
+        many_rows.expert_product(plan, hidden, down, routing, slots, "none", launch)
+    else:
+        # The first product leaves its columns in the dot order, where the second one reads them side by side.
+        ordered = asm and x.dtype != torch.float32
+        rows = Rows(x.new_empty((flat.shape[0], inner + (-inner % 64 if ordered else 0))), ordered)
+        _product(plan, launch, _rows_for(plan, x, choices, asm), up, None, rows, activation, asm)
+        _product(plan, launch, rows, down, routing, Rows(slots), "none", asm)
     block = 512
     sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
-        slots, flat, out, columns, experts_count, CHOICES=choices, BLOCK=block, num_warps=4
+        slots, flat, out, columns, up.count, CHOICES=choices, BLOCK=block, num_warps=4
     )
 
 
-def _runs_directly(slots: int, experts_count: int) -> bool:
-    return slots <= min(_MOST_DIRECT_SLOTS, experts_count)
-
-
-def _tile(arch: Arch, ids: torch.Tensor, experts_count: int, dtype: torch.dtype) -> Tile:
+def _launch_for(arch: Arch, x: torch.Tensor, ids: torch.Tensor, weight: Weight, asm: bool) -> FewRows | ManyRows | Tile:
+    """The launch of the products of slots with ids ``[S]``, by how many of them an expert has."""
     slots = ids.shape[0]
-    rows = 1 if _runs_directly(slots, experts_count) else triton.cdiv(slots, experts_count)
-    return arch.tile(rows, dtype, experts=True)
+    rows = 1 if runs_directly(slots, weight.count) else triton.cdiv(slots, weight.count)
+    if asm and x.is_cuda:
+        n, k = weight.codes.shape[1], weight.codes.shape[2] * 2
+        return arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=True)
+    return arch.tile(rows, x.dtype, experts=True)
 
 
 def _rows_for(plan: Schedule, x: torch.Tensor, slots: int, asm: bool) -> Rows:
@@ -301,14 +273,13 @@ def _product(
     activation: str,
     asm: bool,
 ) -> None:
-    count, n, k = weight.codes.shape[0], weight.codes.shape[1], weight.codes.shape[2] * 2
+    n, k = weight.codes.shape[1], weight.codes.shape[2] * 2
     columns = out.tensor.shape[1]
-    global_scale = weight.global_scale
     expert_product_kernel[(plan.blocks, triton.cdiv(columns, tile.block_n))](
         x.tensor,
-        words_of(weight.codes),
+        weight.words,
         weight.scale,
-        global_scale,
+        weight.global_scale,
         routing,
         out.tensor,
         plan.experts,
@@ -317,15 +288,15 @@ def _product(
         plan.block_ends,
         n,
         columns,
-        count,
+        weight.count,
         x.slots,
         x.tensor.stride(0),
-        0 if global_scale is None or global_scale.numel() == 1 else 1,
+        weight.global_stride,
         K=k,
         ACTIVATION=activation,
         LAYOUT=weight.layout,
         ASM=asm and x.tensor.dtype != torch.float32,
         X_IN_DOT_ORDER=x.in_dot_order,
         OUT_IN_DOT_ORDER=out.in_dot_order,
-        **tile.launch,
+        **tile.constants,
     )

@@ -72,7 +72,7 @@ def compile_experts(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, 
 
 
 def _form(dtype: torch.dtype, layout: str, tile: Tile) -> dict[str, Any]:
-    blocks = {name: value for name, value in tile.launch.items() if name.startswith("BLOCK")}
+    blocks = {name: value for name, value in tile.constants.items() if name.startswith("BLOCK")}
     return {"LAYOUT": layout, "ASM": dtype != torch.float32} | blocks
 
 

@@ -1,0 +1,573 @@
+# ruff: noqa: ANN001, ANN201, RUF059, SIM108  (kernels: Triton types the parameters; tuples are shared out by place)
+
+"""Products with many rows of x on Hopper: a loader, decoders and multipliers work side by side in one program.
+
+The loader's one warp keeps the copy engine busy; the decoders turn codes into a tile of 16-bit weights in shared
+memory, in natural order, so that x needs none of its own; the multipliers run ``wgmma`` from shared memory. Barriers
+in shared memory pass the stages around.
+
+Programs stay: there is one for each multiprocessor. What does not fill whole rounds of tiles is shared out along K
+("stream-K"): a program that ends in the middle of a tile adds, in order, the sums that those after it have left in
+``parts``. It waits only for programs that started before it.
+
+A *step* is 64 columns of K for one tile. Tiles of experts come from a schedule made on the device: see moe.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .arch import ManyRows
+from .decode import undo_factor
+from .few_rows import activate, decode_units, memory_layout
+from .operands import Schedule, Weight
+
+# Names that changed between Triton 3.6 and 3.9.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+STEP = gl.constexpr(64)
+# Codes and scales are fetched so many steps before the tokens that they meet.
+LEAD = gl.constexpr(2)
+# Tiles of this many columns of blocks are walked together, so that tokens and codes meet in the L2 cache.
+TOGETHER = gl.constexpr(4)
+DECODERS = gl.constexpr(4)
+
+
+@gluon.jit
+def locate(it, share, UNITS: gl.constexpr):
+    """The tile and the step of K that a program's step ``it`` belongs to. ``share``: see ``shares``."""
+    begin, count, shared, me = share
+    together = it < count
+    own = gl.maximum(it - count, 0)
+    tile = gl.where(together, (begin + it) // UNITS, shared + own // UNITS * gl.num_programs(0) + me)
+    return tile, gl.where(together, (begin + it) % UNITS, own % UNITS)
+
+
+@gluon.jit
+def shares(tiles, UNITS: gl.constexpr):
+    """How this program's part of the work is made up, and the number of its steps.
+
+    The first ``shared`` tiles are cut into equal ranges of steps, this program's being ``count`` from ``begin`` on; the
+    others are handed round whole.
+    """
+    programs = gl.num_programs(0)
+    rest = tiles % programs
+    # Where rounds are nearly full, whole tiles are better: neighbours then work on neighbours.
+    full = tiles * 16 >= gl.cdiv(tiles, programs) * programs * 15
+    shared = gl.where(full, 0, gl.where(tiles < programs, tiles, rest + programs))
+    me = programs - 1 - gl.program_id(0)
+    share = gl.cdiv(shared * UNITS, programs)
+    begin = gl.minimum(me * share, shared * UNITS)
+    count = gl.minimum(begin + share, shared * UNITS) - begin
+    own = gl.cdiv(gl.maximum(tiles - shared - me, 0), programs)
+    return (begin, count, shared, me), count + own * UNITS, share
+
+
+@gluon.jit
+def place(tile, tiles_m, tiles_n, experts, BN: gl.constexpr):
+    """(row of tiles, column of tiles) of a dense product; (block, column of tiles) of one of experts."""
+    if experts is not None:
+        return tile // tiles_n, tile % tiles_n
+    width = TOGETHER * tiles_m
+    first = tile // width * TOGETHER
+    size = gl.minimum(tiles_n - first, TOGETHER)
+    return tile % width // size, first + tile % width % size
+
+
+@gluon.jit
+def rows_of_block(block, experts, ends, block_ends, BM: gl.constexpr):
+    """(expert, first row of x, end of its rows) of a block of the schedule."""
+    expert = gl.load(experts + block).to(gl.int32)
+    first = gl.load(ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
+    before = gl.load(block_ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
+    return expert, first + (block - before) * BM, gl.load(ends + expert).to(gl.int32)
+
+
+@gluon.jit
+def load_codes(
+    codes_desc,
+    scale_desc,
+    codes,
+    scales,
+    arrived,
+    it,
+    live,
+    share,
+    tiles_m,
+    tiles_n,
+    experts,
+    N,
+    UNITS: gl.constexpr,
+    BN: gl.constexpr,
+):
+    tile, k = locate(it, share, UNITS)
+    m, n = place(tile, tiles_m, tiles_n, experts, BN)
+    row = n * (BN // 16)
+    if experts is not None:
+        row += gl.load(experts + gl.where(live, m, 0)).to(gl.int32) * (N // 16)
+    slot = it % codes.shape[0]
+    mbarrier.expect(arrived.index(slot), BN // 16 * 576, pred=live)
+    copy_in(codes_desc, [row, k * 128], arrived.index(slot), codes.index(slot), pred=live)
+    copy_in(scale_desc, [row, k * 64], arrived.index(slot), scales.index(slot), pred=live)
+
+
+@gluon.jit
+def load(
+    x_desc,
+    codes_desc,
+    scale_desc,
+    x,
+    codes,
+    scales,
+    arrived,
+    full,
+    empty,
+    share,
+    total,
+    tiles_m,
+    tiles_n,
+    experts,
+    ends,
+    block_ends,
+    N,
+    UNITS: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """The loader: tokens as soon as their stage is free, codes and scales LEAD steps ahead of them."""
+    STAGES: gl.constexpr = x.shape[0]
+    for it in gl.static_range(LEAD):
+        load_codes(
+            codes_desc,
+            scale_desc,
+            codes,
+            scales,
+            arrived,
+            it,
+            it < total,
+            share,
+            tiles_m,
+            tiles_n,
+            experts,
+            N,
+            UNITS,
+            BN,
+        )
+    for it in range(total):
+        stage = it % STAGES
+        mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
+        tile, k = locate(it, share, UNITS)
+        m, n = place(tile, tiles_m, tiles_n, experts, BN)
+        row = m * BM
+        if experts is not None:
+            expert, row, end = rows_of_block(m, experts, ends, block_ends, BM)
+        mbarrier.expect(full.index(stage), BM * STEP * 2)
+        copy_in(x_desc, [row, k * STEP], full.index(stage), x.index(stage))
+        # Step it - STAGES is multiplied, so its codes, and those LEAD before the ones fetched now, are decoded.
+        load_codes(
+            codes_desc,
+            scale_desc,
+            codes,
+            scales,
+            arrived,
+            it + LEAD,
+            it + LEAD < total,
+            share,
+            tiles_m,
+            tiles_n,
+            experts,
+            N,
+            UNITS,
+            BN,
+        )
+
+
+@gluon.jit
+def decoded(codes, scales, arrived, it, DTYPE: gl.constexpr):
+    SLOTS: gl.constexpr = codes.shape[0]
+    UNITS: gl.constexpr = codes.shape[1]
+    ROWS: gl.constexpr = UNITS // DECODERS
+    mbarrier.wait(arrived.index(it % SLOTS), it // SLOTS & 1)
+    words = codes.index(it % SLOTS).reshape([DECODERS, ROWS, 128]).load(memory_layout(DECODERS, ROWS, 4))
+    bytes_ = scales.index(it % SLOTS).reshape([DECODERS, ROWS, 64]).load(memory_layout(DECODERS, ROWS, 2))
+    held = gl.zeros([DECODERS, ROWS, 64], gl.int32, layout=memory_layout(DECODERS, ROWS, 2))
+    return decode_units(words, bytes_, held, DTYPE).reshape([UNITS * 16, 64])
+
+
+@gluon.jit
+def decode(codes, scales, weight, arrived, full, empty, total):
+    """The decoders. They announce a tile only after decoding the next: its stores have then reached shared memory."""
+    STAGES: gl.constexpr = weight.shape[0]
+    if total > 0:
+        tile = decoded(codes, scales, arrived, 0, weight.dtype)
+        for it in range(total):
+            stage = it % STAGES
+            mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
+            weight.index(stage).store(tile)
+            # The last step decodes itself again, for nothing.
+            tile = decoded(codes, scales, arrived, gl.minimum(it + 1, total - 1), weight.dtype)
+            fence_async_shared()
+            mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.constexpr_function
+def sums_layout(warps, bm, bn):
+    """Accumulators of a tile: warpgroups side by side along the tokens, else along the columns."""
+    along = min(warps, bm // 16)
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[along, warps // along], instr_shape=[16, bn * along // warps, 16]
+    )
+
+
+@gluon.constexpr_function
+def stored_layout(warps, bn):
+    """A tile as it is written: 16 bytes a thread."""
+    across = min(32, bn // 8)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def finish(
+    acc,
+    tile_m,
+    tile_n,
+    global_scale,
+    bias,
+    weights,
+    order,
+    out,
+    M,
+    N,
+    experts,
+    ends,
+    block_ends,
+    global_stride,
+    ACTIVATION: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """Global scale, bias, activation and routing weight, then the tile's rows of ``out``."""
+    LAYOUT: gl.constexpr = stored_layout(gl.num_warps(), BN)
+    factor = undo_factor(True)
+    first = tile_m * BM
+    end = M
+    expert = 0
+    if experts is not None:
+        expert, first, end = rows_of_block(tile_m, experts, ends, block_ends, BM)
+    if global_scale is not None:
+        factor = factor * gl.load(global_scale + expert * global_stride)
+    acc = activate(acc * factor, ACTIVATION)
+    n = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
+    row = first + gl.arange(0, BM, layout=gl.SliceLayout(1, LAYOUT))
+    live = row < end
+    if weights is None and bias is None:
+        value = gl.convert_layout(acc.to(out.dtype.element_ty), LAYOUT)
+    else:
+        value = gl.convert_layout(acc, LAYOUT)
+        if bias is not None:
+            value += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[None, :]
+        if weights is not None:
+            row = gl.load(order + row, mask=live, other=0).to(gl.int32)
+            value = value * gl.load(weights + row, mask=live, other=0.0).to(gl.float32)[:, None]
+        value = value.to(out.dtype.element_ty)
+    gl.store(out + row.to(gl.int64)[:, None] * N + n[None, :], value, mask=live[:, None] & (n < N)[None, :])
+
+
+@gluon.jit
+def multiply(
+    x,
+    weight,
+    full,
+    empty,
+    share,
+    total,
+    each,
+    tiles_m,
+    tiles_n,
+    global_scale,
+    bias,
+    weights,
+    order,
+    out,
+    parts,
+    flags,
+    M,
+    N,
+    experts,
+    ends,
+    block_ends,
+    global_stride,
+    UNITS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    """The multipliers: one product is always on its way while the next one's operands are waited for."""
+    WARPS: gl.constexpr = gl.num_warps()
+    STAGES: gl.constexpr = x.shape[0]
+    BM: gl.constexpr = x.shape[1]
+    BN: gl.constexpr = weight.shape[1]
+    MMA: gl.constexpr = sums_layout(WARPS, BM, BN)
+    begin, count, shared, me = share
+    within = (
+        gl.arange(0, BM, layout=gl.SliceLayout(1, MMA))[:, None] * BN
+        + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))[None, :]
+    )
+    it = 0
+    while it < total:
+        tile, first = locate(it, share, UNITS)
+        last = gl.where(it < count, gl.minimum(UNITS, first + count - it), UNITS)
+        acc = gl.zeros([BM, BN], gl.float32, layout=MMA)
+        for step in range(first, last):
+            stage = it % STAGES
+            mbarrier.wait(full.index(stage), it // STAGES & 1)
+            acc = warpgroup_mma(x.index(stage), weight.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1, pred=step > first)
+            it += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1)
+        if first > 0:
+            # The program before this one began the tile and will add this.
+            gl.store(parts + me.to(gl.int64) * (BM * BN) + within, acc)
+            barrier()
+            gl.atomic_xchg(flags + me, 1, sem="release")
+        else:
+            other = me
+            done = last
+            while done < UNITS:
+                other += 1
+                while gl.atomic_cas(flags + other, 1, 0, sem="acquire") != 1:
+                    pass
+                barrier()
+                acc += gl.load(parts + other.to(gl.int64) * (BM * BN) + within, cache_modifier=".cg")
+                done += each
+            tile_m, tile_n = place(tile, tiles_m, tiles_n, experts, BN)
+            finish(
+                acc,
+                tile_m,
+                tile_n,
+                global_scale,
+                bias,
+                weights,
+                order,
+                out,
+                M,
+                N,
+                experts,
+                ends,
+                block_ends,
+                global_stride,
+                ACTIVATION,
+                BM,
+                BN,
+            )
+
+
+@gluon.jit(do_not_specialize=["M"])
+def product_kernel(
+    x_desc,
+    codes_desc,
+    scale_desc,
+    global_scale,
+    bias,
+    weights,
+    out,
+    parts,
+    flags,
+    experts,
+    order,
+    ends,
+    block_ends,
+    M,
+    N,
+    EXPERTS,
+    global_stride,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """``out [M, N]`` of a dense product, or the rows of all blocks of experts, x then being sorted by expert.
+
+    parts float32 ``[programs, BM * BN]``, flags int32 ``[programs]`` of zeros: where programs leave sums to each other;
+    flags are zeros again at the end. With ``weights`` a row goes to ``out[order[row]]``, multiplied.
+    """
+    UNITS: gl.constexpr = K // STEP
+    tiles_n = gl.cdiv(N, BN)
+    if experts is None:
+        tiles_m = gl.cdiv(M, BM)
+    else:
+        tiles_m = gl.load(block_ends + EXPERTS - 1).to(gl.int32)
+    share, total, each = shares(tiles_m * tiles_n, UNITS)
+    DTYPE: gl.constexpr = x_desc.dtype
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    x = gl.allocate_shared_memory(DTYPE, [STAGES, BM, STEP], x_desc.layout)
+    weight = gl.allocate_shared_memory(DTYPE, [STAGES, BN, STEP], WIDE)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES + LEAD, BN // 16, 128], codes_desc.layout)
+    scales = gl.allocate_shared_memory(gl.uint8, [STAGES + LEAD, BN // 16, 64], scale_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES + LEAD, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=2)  # the tokens, and the decoded weight
+        mbarrier.init(empty.index(stage), count=1)
+    for slot in gl.static_range(STAGES + LEAD):
+        mbarrier.init(arrived.index(slot), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                multiply,
+                (
+                    x,
+                    weight,
+                    full,
+                    empty,
+                    share,
+                    total,
+                    each,
+                    tiles_m,
+                    tiles_n,
+                    global_scale,
+                    bias,
+                    weights,
+                    order,
+                    out,
+                    parts,
+                    flags,
+                    M,
+                    N,
+                    experts,
+                    ends,
+                    block_ends,
+                    global_stride,
+                    UNITS,
+                    ACTIVATION,
+                ),
+            ),
+            (decode, (codes, scales, weight, arrived, full, empty, total)),
+            (
+                load,
+                (
+                    x_desc,
+                    codes_desc,
+                    scale_desc,
+                    x,
+                    codes,
+                    scales,
+                    arrived,
+                    full,
+                    empty,
+                    share,
+                    total,
+                    tiles_m,
+                    tiles_n,
+                    experts,
+                    ends,
+                    block_ends,
+                    N,
+                    UNITS,
+                    BM,
+                    BN,
+                ),
+            ),
+        ],
+        [DECODERS, 1],
+        [96, 40],
+    )
+
+
+def linear(rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, launch: ManyRows) -> None:
+    """``out [M, N]`` = rows ``[M, K]`` @ weight.T + bias, for a weight in ``fragments`` and 16-bit rows."""
+    m, k = rows.shape
+    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(out.shape[1], launch.block_n)
+    _launch(rows, weight, bias, None, out, None, "none", launch, tiles * (k // 64) // _FEWEST_STEPS)
+
+
+def expert_product(
+    plan: Schedule,
+    rows: torch.Tensor,
+    weight: Weight,
+    routing: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    launch: ManyRows,
+) -> None:
+    """Rows of ``out``, for rows ``[slots, K]`` sorted by expert as ``plan.order`` lists them.
+
+    Row p of ``rows`` gives row p of ``out``; with ``routing [slots]`` it is multiplied and becomes row
+    ``plan.order[p]``.
+    """
+    _launch(rows, weight, None, routing, out, plan, activation, launch, rows.shape[0])
+
+
+# A program that got fewer steps would be all beginning and end.
+_FEWEST_STEPS = 4
+
+
+def _launch(
+    rows: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    routing: torch.Tensor | None,
+    out: torch.Tensor,
+    plan: Schedule | None,
+    activation: str,
+    launch: ManyRows,
+    most_programs: int,
+) -> None:
+    m, k = rows.shape
+    n = out.shape[1]
+    if rows.stride(0) % 8 or rows.data_ptr() % 16:
+        rows = rows.contiguous() if rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
+    programs = max(1, min(_multiprocessors(rows.device.index), most_programs))
+    units = launch.block_n // 16
+    product_kernel[(programs,)](
+        TensorDescriptor.from_tensor(rows, [launch.block_m, 64], _swizzled()),
+        TensorDescriptor.from_tensor(weight.words.view(-1, k * 2), [units, 128], _straight(32)),
+        TensorDescriptor.from_tensor(weight.scale.view(-1, k), [units, 64], _straight(8)),
+        weight.global_scale,
+        bias,
+        routing,
+        out,
+        rows.new_empty(programs * launch.block_m * launch.block_n, dtype=torch.float32),
+        rows.new_zeros(programs, dtype=torch.int32),
+        plan.experts if plan else None,
+        plan.order if plan else None,
+        plan.ends if plan else None,
+        plan.block_ends if plan else None,
+        m,
+        n,
+        weight.count,
+        weight.global_stride,
+        K=k,
+        ACTIVATION=activation,
+        **launch.constants,
+    )
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _swizzled() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def _straight(bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)

@@ -1,0 +1,67 @@
+"""What the launch functions pass to each other: a weight, and a schedule of experts' rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fp4pass.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight ``[N, K]``, or the weights ``[E, N, K]`` of all experts, as the ops have them, in ``layout``."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    global_scale: torch.Tensor | None
+    layout: str
+
+    @property
+    def words(self) -> torch.Tensor:
+        """The codes as 32-bit words, int32 ``[..., K/8]``."""
+        return words_of(self.codes)
+
+    @property
+    def count(self) -> int:
+        """How many experts; 1 for a dense weight."""
+        return self.codes.shape[0] if self.codes.dim() == 3 else 1
+
+    @property
+    def global_stride(self) -> int:
+        """How far apart the experts' global scales are: 0 where all share one."""
+        return 0 if self.global_scale is None or self.global_scale.numel() == 1 else 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which slots each block works on, ``experts [blocks]`` being the blocks' experts.
+
+    With ``order`` None block b is slot b alone. Otherwise ``order`` lists the slots sorted by expert, ``ends [E]`` the
+    cumulative number of slots and ``block_ends [E]`` of blocks. Blocks that are not needed have no valid expert.
+    """
+
+    blocks: int
+    experts: torch.Tensor
+    order: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    block_ends: torch.Tensor | None = None
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """``x [..., K]`` as a matrix ``[M, K]`` with contiguous rows at any distance; a copy only where they are not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def words_of(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 ``[..., K/2]`` seen as 32-bit words int32 ``[..., K/8]``; ArgumentError if they start off a word."""
+    if codes.storage_offset() % 4:
+        raise ArgumentError(
+            "codes do not start at a multiple of 4 bytes",
+            seen=f"storage offset {codes.storage_offset()}",
+            expected="codes that begin on a 32-bit word of their storage",
+            do="call .clone() on the codes once, at load",
+        )
+    return codes.view(torch.int32)
