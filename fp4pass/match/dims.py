@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LARGEST_TILE = 1024
 
@@ -71,7 +71,7 @@ def reshape(shape: Shape, literals: Sequence[int]) -> Shape:
     """The shape after a view to ``literals`` (one may be -1)."""
     total = math.prod(size_of(d) for d in shape)
     known = math.prod(size for size in literals if size != -1)
-    queue = [f for dim in shape for f in dim]
+    queue = list(merge(f for dim in shape for f in dim))
     out = []
     for literal in literals:
         need = literal if literal != -1 else total // max(known, 1)
@@ -80,6 +80,7 @@ def reshape(shape: Shape, literals: Sequence[int]) -> Shape:
             if not queue:
                 raise NotRescalableError("a view to a larger size")
             need = _take(queue, need, dim)
+            queue = list(merge(queue))
         out.append(merge(dim))
     return tuple(out)
 
@@ -107,14 +108,18 @@ def _take(queue: list[Factor], need: int, dim: list[Factor]) -> int:
 
 
 def merge(dim: Iterable[Factor]) -> Dim:
-    """Neighbouring numbers as one."""
+    """Neighbouring numbers as one, and tiles put back to the symbol that they were split off."""
     out: list[Factor] = []
     for factor in dim:
         if factor == 1:
             continue
         if out and isinstance(factor, int) and isinstance(out[-1], int):
-            out[-1] *= factor
-        else:
+            factor *= out.pop()
+        if out and isinstance(factor, int) and isinstance(out[-1], Symbol) and factor % out[-1].divisor == 0:
+            symbol = out.pop()
+            out.append(replace(symbol, divisor=1))
+            factor //= symbol.divisor
+        if factor != 1:
             out.append(factor)
     return tuple(out)
 

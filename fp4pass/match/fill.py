@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import fx
@@ -17,9 +18,11 @@ from fp4pass.match.cone import Cone, value
 from fp4pass.match.convention import GROUP, TILE_ROWS, Convention, canonical, tiles
 from fp4pass.match.dims import scaled
 from fp4pass.match.replay import Replay
-from fp4pass.match.roles import Roles
+from fp4pass.match.roles import Roles, numel
 from fp4pass.match.shapes import EXPERTS, GATHERED, PADDED_ROWS, ROWS, Sizes
 
+# Among so many random scale bytes each of the 254 finite ones is there, but for one in 50.
+_BLOCKS = 1024
 SMALL_EXPERTS, SMALL_GATHERED = (2, 3), (5, 7)
 # Finite E4M3 bytes; the extreme ones are zero, the subnormals' ends, one, and the largest, of both signs.
 _FINITE = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
@@ -43,14 +46,14 @@ def fills(cone: Cone, roles: Roles, replay: Replay) -> Iterator[Fill]:
     """The fills to try in turn, cheapest and most telling first."""
     generator = torch.Generator().manual_seed(0x4E5646)
     if replay.why_full:
-        runs: list[Sizes | None] = [None, None]
+        runs: list[Sizes | None] = [None] * max(2, _BLOCKS // numel(roles.scale))
     else:
         runs = [_sizes(roles, replay, which) for which in (0, 1)]
     # Half precision spans 2^-24 to 2^16 only; a cone that computes in it is probed inside that.
     narrow = any(value(n) is not None and value(n).dtype == torch.float16 for n in cone.nodes)
     reach = 2 if narrow else 10
     # Never 2^0, with which multiplying and dividing are the same.
-    for sizes, exponents in zip(runs, ((1, 4), (-3, 0)), strict=True):
+    for sizes, exponents in zip(runs, cycle(((1, 4), (-3, 0))), strict=False):
         yield _fill(roles, replay, sizes, generator, _FINITE, exponents)
     yield _fill(roles, replay, runs[0], generator, _EXTREME, (reach, reach + 1))
     yield _fill(roles, replay, runs[0], generator, _EXTREME, (-reach, -reach + 1))
@@ -58,8 +61,8 @@ def fills(cone: Cone, roles: Roles, replay: Replay) -> Iterator[Fill]:
 
 
 def _sizes(roles: Roles, replay: Replay, which: int) -> Sizes:
-    """Small sizes; the two choices share no factor, and rows suffice to show every byte several times."""
-    rows = max(3, 1024 * GROUP // roles.k) + which
+    """Small sizes; the two choices share no factor but what they must, and there are rows enough for every byte."""
+    rows = max(3, _BLOCKS * GROUP // (roles.k * replay.needs.get(ROWS, 1))) + which
     wanted = {ROWS: rows, EXPERTS: SMALL_EXPERTS[which], GATHERED: SMALL_GATHERED[which]}
     sizes = {name: wanted[name] * needs for name, needs in replay.needs.items() if name != PADDED_ROWS}
     if PADDED_ROWS in replay.needs:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp4pass.lowering.layout import UNIT_ROWS
 from fp4pass.match import dims
 from fp4pass.match.dims import Dim, NotRescalableError, Shape, Symbol
 
@@ -54,6 +55,10 @@ class Context:
             return None
         start, end, stride = _argument(cut, 2, "start"), _argument(cut, 3, "end"), _argument(cut, 4, "step", 1)
         return rows if not start and end == rows.full and stride == 1 else None
+
+    def is_one_unit(self) -> bool:
+        """Whether the rows are as many as a unit of the layout ``fragments`` has."""
+        return any(s.name == ROWS and s.size == UNIT_ROWS for s in self._symbols)
 
     def literal(self, size: int, from_end: int) -> Dim:
         """A size that stands in a factory or an expand. A wrong reading makes the scaled run fail, never pass."""
@@ -133,7 +138,10 @@ def _scalar(node: fx.Node, context: Context) -> Step:
 
 
 def _view(node: fx.Node, context: Context) -> Step:
-    shape = dims.reshape(context.shape(node.args[0]), concrete(node.args[1]))
+    literals = concrete(node.args[1])
+    if 1 in literals and context.is_one_unit() and not context.is_plain(node.args[0]):
+        raise NotRescalableError("a size of 1 that may count units of rows")
+    shape = dims.reshape(context.shape(node.args[0]), literals)
     return Step(shape, lambda sizes: (node.args[0], _sizes(shape, sizes)))
 
 

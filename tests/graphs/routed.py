@@ -31,10 +31,19 @@ class Dense:
 class Routed(NVFP4Experts):
     """Random packed experts that compute ``form(decoded experts, hidden, ids, weights)``, compiled or not."""
 
-    def __init__(self, form: Callable, act: Callable = relu2, parallel: bool = False, experts: int = E) -> None:
-        super().__init__(SimpleNamespace(mlp_hidden_act="relu2"), experts, H, INNER, device="cpu")
+    def __init__(
+        self,
+        form: Callable,
+        act: Callable = relu2,
+        parallel: bool = False,
+        experts: int = E,
+        hidden: int = H,
+        inner: int = INNER,
+    ) -> None:
+        super().__init__(SimpleNamespace(mlp_hidden_act="relu2"), experts, hidden, inner, device="cpu")
         self.form, self.act, self.parallel = form, act, parallel
-        for i, (name, shape) in enumerate((("up_proj", (experts, INNER, H)), ("down_proj", (experts, H, INNER)))):
+        shapes = {"up_proj": (experts, inner, hidden), "down_proj": (experts, hidden, inner)}
+        for i, (name, shape) in enumerate(shapes.items()):
             for part, tensor in zip(self._matrices[name], nvfp4.quantize(activations(*shape, seed=i)), strict=True):
                 self._parameters[part].data = tensor
 
@@ -69,8 +78,10 @@ def written(
     return form
 
 
-def routing(tokens: int, dtype: torch.dtype = torch.float32, choices: int = K) -> tuple[torch.Tensor, ...]:
+def routing(
+    tokens: int, dtype: torch.dtype = torch.float32, choices: int = K, hidden: int = H
+) -> tuple[torch.Tensor, ...]:
     """hidden, ids (no expert twice for a token) and weights as a router gives them."""
     scores = activations(tokens, E, seed=5).sigmoid()
     weights, ids = scores.topk(choices, -1)
-    return activations(tokens, H, dtype=dtype, seed=6), ids, weights
+    return activations(tokens, hidden, dtype=dtype, seed=6), ids, weights

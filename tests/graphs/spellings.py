@@ -14,7 +14,15 @@ import transformers.integrations.moe  # noqa: F401  (registers transformers::gro
 from torch import nn
 from torch.nn import functional
 
-from fp4pass.lowering.layout import INTERLEAVED, PLAIN, PLAIN_HIGH_FIRST, from_plain
+from fp4pass.lowering.layout import (
+    FRAGMENTS,
+    INTERLEAVED,
+    LAYOUTS,
+    PLAIN,
+    PLAIN_HIGH_FIRST,
+    from_plain,
+    scale_from_plain,
+)
 from fp4pass.match.convention import ABSENT, DIVIDE, LINEAR, MULTIPLY, SWIZZLED
 
 from . import decodes
@@ -22,6 +30,7 @@ from .decodes import E2M1, table_of_16, without_global
 
 N, K, EXPERTS = 48, 80, 3
 """Multiples of 16 but not of 64."""
+IN_UNITS = {"layout": FRAGMENTS, "shape": (N, 192)}
 
 Decode = Callable[["Packed", torch.dtype], torch.Tensor]
 Multiply = Callable[["Packed", torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,7 +60,7 @@ class Packed(nn.Module):
         self.exact = dense
         self.spelling = spelling
         packed = from_plain(numbers[..., 0::2] | numbers[..., 1::2] << 4, spelling.layout)
-        scale = decodes.swizzle(scale) if spelling.scales == SWIZZLED else scale
+        scale = decodes.swizzle(scale) if spelling.scales == SWIZZLED else scale_from_plain(scale, spelling.layout)
         for name, tensor in (("codes", packed), ("scale", scale), ("factor", factor)):
             self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))
         self.register_buffer("table", spelling.table.clone().to(device))
@@ -144,6 +153,12 @@ _GROUPED = {"op": "fp4pass.grouped_linear", "experts": EXPERTS}
 _GROUPED_BY_TORCH = _GROUPED | {"dtypes": (torch.bfloat16,)}
 _GATHERED = {"op": "fp4pass.gathered_linear", "experts": EXPERTS}
 
+
+def _held(layout: str) -> dict[str, object]:
+    """What a spelling of ``layout`` needs, its shape included."""
+    return IN_UNITS if layout == FRAGMENTS else {"layout": layout}
+
+
 LINEARS: dict[str, Spelling] = {
     decode.__name__: Spelling(decode, linear, **more)
     for decode, more in (
@@ -176,9 +191,10 @@ LINEARS: dict[str, Spelling] = {
         (decodes.scales_in_tiles, {"scales": SWIZZLED, "shape": (128, 192)}),
     )
 }
+LINEARS |= {f"our_modules_{layout}": Spelling(decodes.as_our_modules_do, linear, **_held(layout)) for layout in LAYOUTS}
 LINEARS |= {
-    f"our_modules_{layout}": Spelling(decodes.as_our_modules_do, linear, layout=layout)
-    for layout in (PLAIN, PLAIN_HIGH_FIRST, INTERLEAVED)
+    f"our_modules_of_{n}x{k}": Spelling(decodes.as_our_modules_do, linear, **IN_UNITS | {"shape": (n, k)})
+    for n, k in ((64, 64), (16, 64), (16, 1024))
 }
 LINEARS |= {
     multiply.__name__: Spelling(table_of_16, multiply) for multiply in (matmul, weight_on_the_left, stored_transposed)
@@ -198,7 +214,7 @@ PRODUCTS_OF_EXPERTS: dict[str, Spelling] = {
     )
 }
 PRODUCTS_OF_EXPERTS |= {
-    f"{multiply.__name__}_{layout}": Spelling(decodes.as_our_modules_do, multiply, layout=layout, **more)
+    f"{multiply.__name__}_{layout}": Spelling(decodes.as_our_modules_do, multiply, **_held(layout), **more)
     for multiply, more in ((grouped, _GROUPED_BY_TORCH), (gathered_after_decode, _GATHERED))
-    for layout in (PLAIN, PLAIN_HIGH_FIRST, INTERLEAVED)
+    for layout in LAYOUTS
 }

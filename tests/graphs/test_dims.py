@@ -67,6 +67,24 @@ def test_tiles_split_off_rows_are_kept_whole():
     assert sizes(dims.reshape(tiles, (384, 4)), {"N": 256}) == [256, 4]
 
 
+def test_units_of_rows_and_columns_are_told_apart_and_put_back():
+    stored = (E,), (N,), (96,)
+    units = dims.reshape(stored, (3, 3, 3, 8, 4, 16))
+    assert units == ((E,), (Symbol("N", 48, 16),), (3,), (8,), (4,), (16,))
+    e, rows, columns, *_ = units
+    assert dims.reshape((e, rows, (2,), (8,), columns, (32,)), (3, 48, 96)) == stored
+    assert sizes(units, {"E": 2, "N": 32}) == [2, 2, 3, 8, 4, 16]
+
+
+def test_parts_of_tiles_and_several_of_them_count_rows_too():
+    tiles = (Symbol("N", 48, 16),)
+    halves = dims.reshape((tiles, (8,), (40,)), (24, 40))
+    assert halves == ((Symbol("N", 48, 2),), (40,))
+    assert sizes(halves, {"N": 32}) == [16, 40]
+    assert dims.reshape((tiles, (32,)), (96,)) == ((N, 2),)
+    assert dims.merge((*tiles, 24)) == (*tiles, 24)
+
+
 def test_divisors_are_what_all_dimensions_need_together():
     shape = ((Symbol("N", 384, 128),), (Symbol("N", 384, 48),), (E,))
     assert dims.divisors(shape) == {"N": 384, "E": 1}

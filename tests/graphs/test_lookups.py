@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fp4pass.lowering.layout import FRAGMENTS, INTERLEAVED
 from fp4pass.match.reasons import Reason
 
 from . import decodes
@@ -110,10 +111,11 @@ def test_rows_that_are_looked_up_for_a_product():
     assert [entry.op for entry in run.report.rewritten] == ["gather, then decode"] and not run.report.refused
 
 
+@pytest.mark.parametrize("layout", [INTERLEAVED, FRAGMENTS])
 @torch.no_grad()
-def test_a_table_in_an_order_of_our_kernels_is_left():
+def test_a_table_in_an_order_of_our_kernels_is_left(layout):
     module = Table(LOOK_UPS["embedding"])
-    module.table = Packed(replace(LINEARS["our_modules_interleaved"], shape=(V, D)))
+    module.table = Packed(replace(LINEARS[f"our_modules_{layout}"], shape=(V, 64)))
     run = compiling(module, {"check": True})
     run(IDS)
     (entry,) = run.report.refused

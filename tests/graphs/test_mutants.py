@@ -15,7 +15,7 @@ from fp4pass.passes.rewriter import Rewriter
 from fp4pass.pipeline import Fp4Pass
 
 from .running import Known, activations, compiling, relative_error
-from .spellings import LINEARS, PRODUCTS_OF_EXPERTS, K, Packed
+from .spellings import LINEARS, PRODUCTS_OF_EXPERTS, Packed
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ def traced(monkeypatch):
         monkeypatch.setattr(Fp4Pass, "__call__", keep)
         spelling = {**LINEARS, **PRODUCTS_OF_EXPERTS}[name]
         module = Packed(spelling)
-        x = activations(5, K, seed=3)
+        x = activations(5, spelling.shape[1], seed=3)
         inputs = (x, torch.tensor([0, 2, 1, 1, 0])) if spelling.experts else (x,)
         with torch.no_grad():
             compiling(module)(*inputs)
@@ -120,6 +120,7 @@ def _rewrite(graph, known):
         "scales_by_column_number",
         "global_divides",
         "our_modules_interleaved",
+        "our_modules_fragments",
         "gathered_after_decode",
         "gathered_before_decode",
     ],
