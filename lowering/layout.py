@@ -188,18 +188,17 @@ def _repack_(
 
 
 def _codes_from_units(codes: torch.Tensor) -> torch.Tensor:
-    units = _in_units(codes, 32, "to_plain").unflatten(-1, (2, 2, 4))
-    byte0, byte1, byte2, byte3 = units.unbind(-1)  # ..., rows / 16, K / 64, g, t, half, word
-    even, odd = _codes_of_half(byte0, byte1), _codes_of_half(byte2, byte3)
-    pairs = torch.stack([low | _low_to_high(high) for low, high in zip(even, odd, strict=True)], -1)
-    return _moved(pairs, (0, 4, 2, 1, 3, 5, 6)).reshape(codes.shape)
+    low, high = _in_units(codes, 32, "to_plain").unflatten(-1, (2, 2, 2, 2)).unbind(-1)
+    # ..., rows / 16, K / 64, g, t, half of the rows, word, parity of k, and then k // 2
+    even, odd = torch.stack(_codes_of_half(low, high), -1).unbind(-2)
+    return _moved(even | (odd << 4), (0, 4, 2, 1, 3, 5, 6)).reshape(codes.shape)
 
 
 def _units_from_codes(codes: torch.Tensor) -> torch.Tensor:
     rows = _in_rows(codes, 32, "from_plain").unflatten(-1, (4, 2, 4))  # ..., rows / 16, half, g, K / 64, t, word, pair
-    pairs = _moved(rows, (0, 3, 2, 4, 1, 5, 6)).unbind(-1)
-    even, odd = [pair & 0x0F for pair in pairs], [pair >> 4 for pair in pairs]
-    return torch.stack([*_half_of_codes(even), *_half_of_codes(odd)], -1).reshape(codes.shape)
+    pairs = _moved(rows, (0, 3, 2, 4, 1, 5, 6))
+    halves = torch.stack((pairs & 0x0F, pairs >> 4), -2)
+    return torch.stack(_half_of_codes(*halves.unbind(-1)), -1).reshape(codes.shape)
 
 
 def _codes_of_half(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -212,9 +211,10 @@ def _codes_of_half(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor,
     )
 
 
-def _half_of_codes(codes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _half_of_codes(
+    c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact inverse of ``_codes_of_half``, as (low byte, high byte)."""
-    c0, c1, c2, c3 = codes
     low = ((c0 & 3) << 6) | ((c1 & 7) << 3) | (c2 & 7)
     high = ((c0 & 8) << 4) | ((c0 & 4) >> 2) | ((c1 & 8) << 1) | ((c2 & 8) >> 2) | ((c3 & 12) << 3) | ((c3 & 3) << 2)
     return low, high
