@@ -21,7 +21,7 @@ from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import natural_position, to_dot_order
 from .operands import Schedule, Weight, rows_of
 from .reference import expert_of_row
-from .schedule import runs_directly, schedule
+from .schedule import schedule
 from .tile import product_tile, times_global
 
 # The second products of all slots before their sum. More tokens run in parts: each still fills the widest tile.
@@ -248,8 +248,7 @@ def _experts_of(
 
 def _launch_for(arch: Arch, x: torch.Tensor, ids: torch.Tensor, weight: Weight, asm: bool) -> FewRows | ManyRows | Tile:
     """The launch of the products of slots with ids ``[S]``, by how many of them an expert has."""
-    slots = ids.shape[0]
-    rows = 1 if runs_directly(slots, weight.count) else triton.cdiv(slots, weight.count)
+    rows = triton.cdiv(ids.shape[0], weight.count)
     if asm and x.is_cuda:
         n, k = weight.codes.shape[1], weight.codes.shape[2] * 2
         return arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=True)

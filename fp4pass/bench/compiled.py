@@ -39,12 +39,11 @@ def _compiled(**settings: Any) -> Callable[..., Any]:
     return torch.compile(call, fullgraph=True, dynamic=True, **settings)
 
 
-def chosen(device: torch.device, rows: int, *, columns: int = 0, experts: bool = False) -> str:
-    """The tile of the kernel that a product with so many rows of x (an expert) runs with."""
+def chosen(device: torch.device, rows: int, layout: str, n: int, k: int, *, experts: bool = False) -> str:
+    """The kernel of a product of a weight ``[N, K]`` in ``layout`` with so many rows of x (an expert's)."""
     if device.type != "cuda":
         return "plain torch"
-    tile = arch.target(device).tile(rows, torch.bfloat16, experts=experts, columns=columns)
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.warps} warps, {tile.stages} stages"
+    return str(arch.target(device).launch(rows, torch.bfloat16, layout, columns=n, depth=k, experts=experts))
 
 
 def floor(turns: Sequence[Sequence[Reading]], device: torch.device, at_least: float) -> float | None:

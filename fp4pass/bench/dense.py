@@ -77,7 +77,7 @@ class _Layer:
             floor=self.floor,
             error=relative_error(found[few, self.rows], truth) if found.isfinite().all() else float("nan"),
             bf16_error=relative_error(rounded[few, self.rows], truth),
-            kernel=chosen(self.device, tokens, columns=case.n),
+            kernel=chosen(self.device, tokens, self.modules[0].layout, case.n, case.k),
         )
 
     def _inductors_triton(self, x: torch.Tensor, least: float) -> float:

@@ -82,7 +82,14 @@ class _Block:
             floor=floor(readings, device, roofline(active * case.expert_bytes(), 0)),
             error=relative_error(found[few], truth) if found.isfinite().all() else float("nan"),
             bf16_error=relative_error(rounded[few], truth),
-            kernel=chosen(device, _rows_an_expert(tokens * case.top_k, case.experts), experts=True),
+            kernel=chosen(
+                device,
+                -(-tokens * case.top_k // case.experts),
+                self.packed.layout,
+                case.inner,
+                case.width,
+                experts=True,
+            ),
         )
 
     def _routings(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -103,11 +110,6 @@ class _Block:
     def _exact(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         operands = (*self.packed.operands("up_proj"), *self.packed.operands("down_proj"))
         return reference.experts(x.double(), ids, weights, *operands, "relu2", self.packed.layout, torch.float64)
-
-
-def _rows_an_expert(slots: int, experts: int) -> int:
-    """What kernels are chosen by; no sorting where each expert has one row at most, so a row of its own then."""
-    return 1 if slots <= experts else -(-slots // experts)
 
 
 def _random_weight(experts: int, n: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:

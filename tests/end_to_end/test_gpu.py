@@ -11,7 +11,7 @@ from transformers import CompileConfig
 
 import fp4pass
 from fp4pass.checkpoint.packed import PackedModule
-from fp4pass.lowering.layout import INTERLEAVED
+from fp4pass.lowering.layout import FRAGMENTS
 from fp4pass.synthesize import synthesize
 
 from ..checkpoints.files import read_tensors, same_bytes
@@ -142,7 +142,7 @@ def test_the_gpus_layout_is_taken_back_when_saving(straight, load, wide_dir, tmp
         model = fp4pass.from_pretrained(wide_dir, dtype=torch.bfloat16, device_map="cuda")
     else:
         model = load(torch.bfloat16)
-    assert {(module.layout, module.device.type) for module in packed_modules(model).values()} == {(INTERLEAVED, "cuda")}
+    assert {(module.layout, module.device.type) for module in packed_modules(model).values()} == {(FRAGMENTS, "cuda")}
     model.save_pretrained(tmp_path)
     before, after = read_tensors(wide_dir), read_tensors(tmp_path)
     assert before.keys() == after.keys()
