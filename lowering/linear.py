@@ -11,7 +11,7 @@ import triton.language as tl
 from . import few_rows, many_rows
 from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
-from .operands import Weight, rows_of, words_of
+from .operands import Weight, launch_for, rows_of, words_of
 from .tile import product_tile, times_global
 
 # From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
@@ -148,9 +148,7 @@ def linear(
         return out.view(*x.shape[:-1], n)
     asm = asm and x.dtype != torch.float32
     weight = Weight(codes, scale, global_scale, layout)
-    launch = arch.tile(m, x.dtype, columns=n)
-    if asm and x.is_cuda:
-        launch = arch.launch(m, x.dtype, layout, columns=n, depth=rows.shape[1])
+    launch = launch_for(arch, m, x, weight, asm=asm)
     if isinstance(launch, FewRows):
         few_rows.linear(rows, weight, bias, out, launch)
     elif isinstance(launch, ManyRows):

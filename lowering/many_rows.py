@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, RUF059, SIM108  (kernels: Triton types the parameters; tuples are shared out by place)
+# ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
 
 """Products with many rows of x on Hopper: a loader, decoders and multipliers work side by side in one program.
 
@@ -78,9 +78,10 @@ def shares(tiles, UNITS: gl.constexpr):
 
 
 @gluon.jit
-def place(tile, tiles_m, tiles_n, experts, BN: gl.constexpr):
+def place(tile, tiles, plan):
     """(row of tiles, column of tiles) of a dense product; (block, column of tiles) of one of experts."""
-    if experts is not None:
+    tiles_m, tiles_n = tiles
+    if plan[0] is not None:
         return tile // tiles_n, tile % tiles_n
     width = TOGETHER * tiles_m
     first = tile // width * TOGETHER
@@ -89,8 +90,9 @@ def place(tile, tiles_m, tiles_n, experts, BN: gl.constexpr):
 
 
 @gluon.jit
-def rows_of_block(block, experts, ends, block_ends, BM: gl.constexpr):
+def rows_of_block(block, plan, BM: gl.constexpr):
     """(expert, first row of x, end of its rows) of a block of the schedule."""
+    experts, ends, block_ends = plan
     expert = gl.load(experts + block).to(gl.int32)
     first = gl.load(ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
     before = gl.load(block_ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
@@ -98,128 +100,68 @@ def rows_of_block(block, experts, ends, block_ends, BM: gl.constexpr):
 
 
 @gluon.jit
-def load_codes(
-    codes_desc,
-    scale_desc,
-    codes,
-    scales,
-    arrived,
-    it,
-    live,
-    share,
-    tiles_m,
-    tiles_n,
-    experts,
-    N,
-    UNITS: gl.constexpr,
-    BN: gl.constexpr,
-):
+def load_codes(codes_desc, scale_desc, raw, it, live, share, tiles, plan, N, UNITS: gl.constexpr):
+    """Codes and scales of step ``it``, if there is one (``live``), into their slot."""
+    codes, scales, arrived = raw
+    ROWS: gl.constexpr = codes.shape[1]
     tile, k = locate(it, share, UNITS)
-    m, n = place(tile, tiles_m, tiles_n, experts, BN)
-    row = n * (BN // 16)
-    if experts is not None:
-        row += gl.load(experts + gl.where(live, m, 0)).to(gl.int32) * (N // 16)
+    m, n = place(tile, tiles, plan)
+    row = n * ROWS
+    if plan[0] is not None:
+        row += gl.load(plan[0] + gl.where(live, m, 0)).to(gl.int32) * (N // 16)
     slot = it % codes.shape[0]
-    mbarrier.expect(arrived.index(slot), BN // 16 * 576, pred=live)
+    mbarrier.expect(arrived.index(slot), ROWS * 576, pred=live)
     copy_in(codes_desc, [row, k * 128], arrived.index(slot), codes.index(slot), pred=live)
     copy_in(scale_desc, [row, k * 64], arrived.index(slot), scales.index(slot), pred=live)
 
 
 @gluon.jit
-def load(
-    x_desc,
-    codes_desc,
-    scale_desc,
-    x,
-    codes,
-    scales,
-    arrived,
-    full,
-    empty,
-    share,
-    total,
-    tiles_m,
-    tiles_n,
-    experts,
-    ends,
-    block_ends,
-    N,
-    UNITS: gl.constexpr,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-):
+def load(x_desc, codes_desc, scale_desc, x, raw, full, empty, share, total, tiles, plan, N, UNITS: gl.constexpr):
     """The loader: tokens as soon as their stage is free, codes and scales LEAD steps ahead of them."""
     STAGES: gl.constexpr = x.shape[0]
+    BM: gl.constexpr = x.shape[1]
     for it in gl.static_range(LEAD):
-        load_codes(
-            codes_desc,
-            scale_desc,
-            codes,
-            scales,
-            arrived,
-            it,
-            it < total,
-            share,
-            tiles_m,
-            tiles_n,
-            experts,
-            N,
-            UNITS,
-            BN,
-        )
+        load_codes(codes_desc, scale_desc, raw, it, it < total, share, tiles, plan, N, UNITS)
     for it in range(total):
         stage = it % STAGES
         mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
         tile, k = locate(it, share, UNITS)
-        m, n = place(tile, tiles_m, tiles_n, experts, BN)
+        m, n = place(tile, tiles, plan)
         row = m * BM
-        if experts is not None:
-            expert, row, end = rows_of_block(m, experts, ends, block_ends, BM)
+        if plan[0] is not None:
+            expert, row, end = rows_of_block(m, plan, BM)
         mbarrier.expect(full.index(stage), BM * STEP * 2)
         copy_in(x_desc, [row, k * STEP], full.index(stage), x.index(stage))
         # Step it - STAGES is multiplied, so its codes, and those LEAD before the ones fetched now, are decoded.
-        load_codes(
-            codes_desc,
-            scale_desc,
-            codes,
-            scales,
-            arrived,
-            it + LEAD,
-            it + LEAD < total,
-            share,
-            tiles_m,
-            tiles_n,
-            experts,
-            N,
-            UNITS,
-            BN,
-        )
+        load_codes(codes_desc, scale_desc, raw, it + LEAD, it + LEAD < total, share, tiles, plan, N, UNITS)
 
 
 @gluon.jit
-def decoded(codes, scales, arrived, it, DTYPE: gl.constexpr):
+def decoded(raw, it, DTYPE: gl.constexpr):
+    """The tile ``[BN, 64]`` of step ``it``."""
+    codes, scales, arrived = raw
     SLOTS: gl.constexpr = codes.shape[0]
     UNITS: gl.constexpr = codes.shape[1]
     ROWS: gl.constexpr = UNITS // DECODERS
     mbarrier.wait(arrived.index(it % SLOTS), it // SLOTS & 1)
     words = codes.index(it % SLOTS).reshape([DECODERS, ROWS, 128]).load(memory_layout(DECODERS, ROWS, 4))
-    bytes_ = scales.index(it % SLOTS).reshape([DECODERS, ROWS, 64]).load(memory_layout(DECODERS, ROWS, 2))
+    scale = scales.index(it % SLOTS).reshape([DECODERS, ROWS, 64]).load(memory_layout(DECODERS, ROWS, 2))
     held = gl.zeros([DECODERS, ROWS, 64], gl.int32, layout=memory_layout(DECODERS, ROWS, 2))
-    return decode_units(words, bytes_, held, DTYPE).reshape([UNITS * 16, 64])
+    return decode_units(words, scale, held, DTYPE).reshape([UNITS * 16, 64])
 
 
 @gluon.jit
-def decode(codes, scales, weight, arrived, full, empty, total):
+def decode(raw, weight, full, empty, total):
     """The decoders. They announce a tile only after decoding the next: its stores have then reached shared memory."""
     STAGES: gl.constexpr = weight.shape[0]
     if total > 0:
-        tile = decoded(codes, scales, arrived, 0, weight.dtype)
+        tile = decoded(raw, 0, weight.dtype)
         for it in range(total):
             stage = it % STAGES
             mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
             weight.index(stage).store(tile)
             # The last step decodes itself again, for nothing.
-            tile = decoded(codes, scales, arrived, gl.minimum(it + 1, total - 1), weight.dtype)
+            tile = decoded(raw, gl.minimum(it + 1, total - 1), weight.dtype)
             fence_async_shared()
             mbarrier.arrive(full.index(stage), count=1)
 
@@ -241,33 +183,19 @@ def stored_layout(warps, bn):
 
 
 @gluon.jit
-def finish(
-    acc,
-    tile_m,
-    tile_n,
-    global_scale,
-    bias,
-    weights,
-    order,
-    out,
-    M,
-    N,
-    experts,
-    ends,
-    block_ends,
-    global_stride,
-    ACTIVATION: gl.constexpr,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-):
+def finish(acc, tile, tiles, plan, result, ACTIVATION: gl.constexpr):
     """Global scale, bias, activation and routing weight, then the tile's rows of ``out``."""
+    out, M, N, global_scale, global_stride, bias, weights, order = result
+    BM: gl.constexpr = acc.shape[0]
+    BN: gl.constexpr = acc.shape[1]
     LAYOUT: gl.constexpr = stored_layout(gl.num_warps(), BN)
+    tile_m, tile_n = place(tile, tiles, plan)
     factor = undo_factor(True)
+    expert = 0
     first = tile_m * BM
     end = M
-    expert = 0
-    if experts is not None:
-        expert, first, end = rows_of_block(tile_m, experts, ends, block_ends, BM)
+    if plan[0] is not None:
+        expert, first, end = rows_of_block(tile_m, plan, BM)
     if global_scale is not None:
         factor = factor * gl.load(global_scale + expert * global_stride)
     acc = activate(acc * factor, ACTIVATION)
@@ -288,43 +216,16 @@ def finish(
 
 
 @gluon.jit
-def multiply(
-    x,
-    weight,
-    full,
-    empty,
-    share,
-    total,
-    each,
-    tiles_m,
-    tiles_n,
-    global_scale,
-    bias,
-    weights,
-    order,
-    out,
-    parts,
-    flags,
-    M,
-    N,
-    experts,
-    ends,
-    block_ends,
-    global_stride,
-    UNITS: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-):
+def multiply(x, weight, full, empty, share, parts, tiles, plan, result, UNITS: gl.constexpr, ACTIVATION: gl.constexpr):
     """The multipliers: one product is always on its way while the next one's operands are waited for."""
-    WARPS: gl.constexpr = gl.num_warps()
     STAGES: gl.constexpr = x.shape[0]
     BM: gl.constexpr = x.shape[1]
     BN: gl.constexpr = weight.shape[1]
-    MMA: gl.constexpr = sums_layout(WARPS, BM, BN)
+    MMA: gl.constexpr = sums_layout(gl.num_warps(), BM, BN)
     begin, count, shared, me = share
-    within = (
-        gl.arange(0, BM, layout=gl.SliceLayout(1, MMA))[:, None] * BN
-        + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))[None, :]
-    )
+    sums, flags, each, total = parts
+    row = gl.arange(0, BM, layout=gl.SliceLayout(1, MMA))
+    within = row[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))[None, :]
     it = 0
     while it < total:
         tile, first = locate(it, share, UNITS)
@@ -341,7 +242,7 @@ def multiply(
         mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1)
         if first > 0:
             # The program before this one began the tile and will add this.
-            gl.store(parts + me.to(gl.int64) * (BM * BN) + within, acc)
+            gl.store(sums + me.to(gl.int64) * (BM * BN) + within, acc)
             barrier()
             gl.atomic_xchg(flags + me, 1, sem="release")
         else:
@@ -352,28 +253,9 @@ def multiply(
                 while gl.atomic_cas(flags + other, 1, 0, sem="acquire") != 1:
                     pass
                 barrier()
-                acc += gl.load(parts + other.to(gl.int64) * (BM * BN) + within, cache_modifier=".cg")
+                acc += gl.load(sums + other.to(gl.int64) * (BM * BN) + within, cache_modifier=".cg")
                 done += each
-            tile_m, tile_n = place(tile, tiles_m, tiles_n, experts, BN)
-            finish(
-                acc,
-                tile_m,
-                tile_n,
-                global_scale,
-                bias,
-                weights,
-                order,
-                out,
-                M,
-                N,
-                experts,
-                ends,
-                block_ends,
-                global_stride,
-                ACTIVATION,
-                BM,
-                BN,
-            )
+            finish(acc, tile, tiles, plan, result, ACTIVATION)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -407,84 +289,36 @@ def product_kernel(
     flags are zeros again at the end. With ``weights`` a row goes to ``out[order[row]]``, multiplied.
     """
     UNITS: gl.constexpr = K // STEP
-    tiles_n = gl.cdiv(N, BN)
-    if experts is None:
-        tiles_m = gl.cdiv(M, BM)
-    else:
-        tiles_m = gl.load(block_ends + EXPERTS - 1).to(gl.int32)
-    share, total, each = shares(tiles_m * tiles_n, UNITS)
     DTYPE: gl.constexpr = x_desc.dtype
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    x = gl.allocate_shared_memory(DTYPE, [STAGES, BM, STEP], x_desc.layout)
-    weight = gl.allocate_shared_memory(DTYPE, [STAGES, BN, STEP], WIDE)
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES + LEAD, BN // 16, 128], codes_desc.layout)
-    scales = gl.allocate_shared_memory(gl.uint8, [STAGES + LEAD, BN // 16, 64], scale_desc.layout)
+    SLOTS: gl.constexpr = STAGES + LEAD
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    if experts is None:
+        tiles = (gl.cdiv(M, BM), gl.cdiv(N, BN))
+    else:
+        tiles = (gl.load(block_ends + EXPERTS - 1).to(gl.int32), gl.cdiv(N, BN))
+    share, total, each = shares(tiles[0] * tiles[1], UNITS)
+    tokens = gl.allocate_shared_memory(DTYPE, [STAGES, BM, STEP], x_desc.layout)
+    weight = gl.allocate_shared_memory(DTYPE, [STAGES, BN, STEP], SWIZZLED)
+    codes = gl.allocate_shared_memory(gl.int32, [SLOTS, BN // 16, 128], codes_desc.layout)
+    scales = gl.allocate_shared_memory(gl.uint8, [SLOTS, BN // 16, 64], scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    arrived = gl.allocate_shared_memory(gl.int64, [STAGES + LEAD, 1], mbarrier.MBarrierLayout())
+    arrived = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=2)  # the tokens, and the decoded weight
         mbarrier.init(empty.index(stage), count=1)
-    for slot in gl.static_range(STAGES + LEAD):
+    for slot in gl.static_range(SLOTS):
         mbarrier.init(arrived.index(slot), count=1)
     fence_async_shared()
+    plan = (experts, ends, block_ends)
+    raw = (codes, scales, arrived)
+    left = (parts, flags, each, total)
+    result = (out, M, N, global_scale, global_stride, bias, weights, order)
     gl.warp_specialize(
         [
-            (
-                multiply,
-                (
-                    x,
-                    weight,
-                    full,
-                    empty,
-                    share,
-                    total,
-                    each,
-                    tiles_m,
-                    tiles_n,
-                    global_scale,
-                    bias,
-                    weights,
-                    order,
-                    out,
-                    parts,
-                    flags,
-                    M,
-                    N,
-                    experts,
-                    ends,
-                    block_ends,
-                    global_stride,
-                    UNITS,
-                    ACTIVATION,
-                ),
-            ),
-            (decode, (codes, scales, weight, arrived, full, empty, total)),
-            (
-                load,
-                (
-                    x_desc,
-                    codes_desc,
-                    scale_desc,
-                    x,
-                    codes,
-                    scales,
-                    arrived,
-                    full,
-                    empty,
-                    share,
-                    total,
-                    tiles_m,
-                    tiles_n,
-                    experts,
-                    ends,
-                    block_ends,
-                    N,
-                    UNITS,
-                    BM,
-                    BN,
-                ),
-            ),
+            (multiply, (tokens, weight, full, empty, share, left, tiles, plan, result, UNITS, ACTIVATION)),
+            (decode, (raw, weight, full, empty, total)),
+            (load, (x_desc, codes_desc, scale_desc, tokens, raw, full, empty, share, total, tiles, plan, N, UNITS)),
         ],
         [DECODERS, 1],
         [96, 40],

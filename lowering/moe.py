@@ -19,7 +19,7 @@ import triton.language as tl
 from . import few_rows, many_rows
 from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import natural_position, to_dot_order
-from .operands import Schedule, Weight, rows_of
+from .operands import Schedule, Weight, launch_for, rows_of
 from .reference import expert_of_row
 from .schedule import schedule
 from .tile import product_tile, times_global
@@ -150,7 +150,7 @@ def gathered_linear(
     if not out.numel():
         return out
     weight, rows, ids = Weight(codes, scale, global_scale, layout), rows_of(x), ids.contiguous()
-    launch = _launch_for(arch, x, ids, weight, asm)
+    launch = launch_for(arch, triton.cdiv(len(ids), weight.count), x, weight, asm=asm, experts=True)
     plan = schedule(ids, weight.count, launch.block_m)
     if isinstance(launch, FewRows):
         few_rows.expert_product(plan, rows, 1, weight, None, out, "none", launch)
@@ -223,7 +223,7 @@ def _experts_of(
     """Write the block's result for the tokens of ``x`` into ``out``, a part of the whole result."""
     flat, choices = ids.reshape(-1), ids.shape[1]
     inner, columns, routing = up.codes.shape[1], out.shape[1], weights.reshape(-1)
-    launch = _launch_for(arch, x, flat, up, asm)
+    launch = launch_for(arch, triton.cdiv(len(flat), up.count), x, up, asm=asm, experts=True)
     plan = schedule(flat, up.count, launch.block_m)
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
     if isinstance(launch, FewRows):
@@ -244,15 +244,6 @@ def _experts_of(
     sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
         slots, flat, out, columns, up.count, CHOICES=choices, BLOCK=block, num_warps=4
     )
-
-
-def _launch_for(arch: Arch, x: torch.Tensor, ids: torch.Tensor, weight: Weight, asm: bool) -> FewRows | ManyRows | Tile:
-    """The launch of the products of slots with ids ``[S]``, by how many of them an expert has."""
-    rows = triton.cdiv(ids.shape[0], weight.count)
-    if asm and x.is_cuda:
-        n, k = weight.codes.shape[1], weight.codes.shape[2] * 2
-        return arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=True)
-    return arch.tile(rows, x.dtype, experts=True)
 
 
 def _rows_for(plan: Schedule, x: torch.Tensor, slots: int, asm: bool) -> Rows:

@@ -1,4 +1,4 @@
-"""What the launch functions pass to each other: a weight, and a schedule of experts' rows."""
+"""What the launch functions share: a weight, a schedule of experts' rows, and the choice of a kernel."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fp4pass.errors import ArgumentError
+
+from .arch import Arch, FewRows, ManyRows, Tile
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Weight:
     def words(self) -> torch.Tensor:
         """The codes as 32-bit words, int32 ``[..., K/8]``."""
         return words_of(self.codes)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the copy engine can read codes and scales: they begin at multiples of 16 bytes."""
+        return self.codes.data_ptr() % 16 == 0 and self.scale.data_ptr() % 16 == 0
 
     @property
     def count(self) -> int:
@@ -47,6 +54,18 @@ class Schedule:
     order: torch.Tensor | None = None
     ends: torch.Tensor | None = None
     block_ends: torch.Tensor | None = None
+
+
+def launch_for(
+    arch: Arch, rows: int, x: torch.Tensor, weight: Weight, *, asm: bool, experts: bool = False
+) -> FewRows | ManyRows | Tile:
+    """What a product of ``rows`` rows (an expert's) of x's dtype and device runs with."""
+    n, k = weight.codes.shape[-2], weight.codes.shape[-1] * 2
+    tile = arch.tile(rows, x.dtype, experts=experts, columns=n)
+    if not (asm and x.is_cuda):
+        return tile
+    launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
+    return tile if isinstance(launch, ManyRows) and not weight.aligned else launch
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
