@@ -10,7 +10,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import fp4pass
 from fp4pass.checkpoint.packed import PackedModule
-from fp4pass.lowering.layout import PLAIN
+from fp4pass.lowering.layout import FRAGMENTS, PLAIN
 
 from ..graphs.running import relative_error
 from .models import assert_whole, tokens
@@ -154,11 +154,12 @@ def test_with_dynamic_sizes_one_graph_takes_prompts_of_every_length(nano_model, 
 
 @torch.no_grad()
 def test_new_values_and_other_layouts_under_a_compiled_model(another, dense_twin, graphs):
-    model, other = (another(seed, torch.float32, experts=12) for seed in (0, 1))
+    in_units = {"hidden": 128, "intermediate": 64, "shared": 192, "head_dim": 32, "mamba_head_dim": 8}
+    model, other = (another(seed, torch.float32, experts=12, **in_units) for seed in (0, 1))
     compiled = torch.compile(model, backend="fp4pass", fullgraph=True)
     ids = tokens(7)
     first = compiled(ids).logits
-    set_layout(model, "interleaved")
+    set_layout(model, FRAGMENTS)
     assert torch.equal(compiled(ids).logits, first)
     model.load_state_dict(other.state_dict())
     second = compiled(ids).logits
@@ -167,7 +168,7 @@ def test_new_values_and_other_layouts_under_a_compiled_model(another, dense_twin
     assert torch.equal(compiled(ids).logits, second)
     assert_whole(fp4pass.last_report(), graphs)
     layouts = [{str(node.args[-1]) for node in graph.nodes if "fp4pass" in str(node.target)} for graph in graphs]
-    assert layouts == [{PLAIN}, {"interleaved"}]
+    assert layouts == [{PLAIN}, {FRAGMENTS}]
 
 
 def set_layout(model, layout):
