@@ -65,12 +65,13 @@ class FewRows:
 
 @dataclass(frozen=True)
 class ManyRows:
-    """A launch of many_rows.py: rows of x and of weight in a tile, stages, warps that multiply."""
+    """A launch of many_rows.py: rows of x and of weight in a tile, stages, warps that multiply and that decode."""
 
     block_m: int
     block_n: int
     stages: int
     warps: int
+    decoders: int = 4
 
     def __str__(self) -> str:
         return f"many rows: {self.block_m}x{self.block_n}, {self.stages} stages"
@@ -78,7 +79,13 @@ class ManyRows:
     @property
     def constants(self) -> dict[str, int]:
         """Keywords for its kernel."""
-        return {"BM": self.block_m, "BN": self.block_n, "STAGES": self.stages, "num_warps": self.warps}
+        return {
+            "BM": self.block_m,
+            "BN": self.block_n,
+            "STAGES": self.stages,
+            "DECODERS": self.decoders,
+            "num_warps": self.warps,
+        }
 
 
 Tiles = tuple[tuple[int, Tile], ...]
@@ -109,8 +116,9 @@ _FEW_WIDE = ((16, 4, 1, 8, True), (32, 4, 2, 4, True))
 _FEW_WIDE_SHORT = ((32, 4, 2, 4, True),)
 _FEW_EXPERTS = ((32, 2, 2, 4, False),)
 _LOW, _SHORT = 3072, 4096
-_MANY = ((64, ManyRows(64, 128, 5, 4)), (256, ManyRows(128, 128, 4, 8)), (_ANY, ManyRows(256, 128, 3, 8)))
-_MANY_EXPERTS = ((128, ManyRows(64, 128, 5, 4)), (_ANY, ManyRows(128, 128, 4, 8)))
+_MIDDLE, _LARGE = ManyRows(128, 128, 4, 8), ManyRows(256, 128, 3, 8)
+_MANY = ((64, ManyRows(64, 128, 5, 4)), (256, _MIDDLE), (_ANY, _LARGE))
+_MANY_EXPERTS = ((48, ManyRows(64, 256, 3, 8, 8)), (128, _MIDDLE), (_ANY, _LARGE))
 
 _MOST_SPLITS = 8
 _FEWEST_STEPS_A_SPLIT = 2

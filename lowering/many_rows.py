@@ -44,7 +44,6 @@ STEP = gl.constexpr(64)
 LEAD = gl.constexpr(2)
 # Tiles of this many columns of blocks are walked together, so that tokens and codes meet in the L2 cache.
 TOGETHER = gl.constexpr(4)
-DECODERS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -142,11 +141,12 @@ def decoded(raw, it, DTYPE: gl.constexpr):
     codes, scales, arrived = raw
     SLOTS: gl.constexpr = codes.shape[0]
     UNITS: gl.constexpr = codes.shape[1]
-    ROWS: gl.constexpr = UNITS // DECODERS
+    WARPS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = UNITS // WARPS
     mbarrier.wait(arrived.index(it % SLOTS), it // SLOTS & 1)
-    words = codes.index(it % SLOTS).reshape([DECODERS, ROWS, 128]).load(memory_layout(DECODERS, ROWS, 4))
-    scale = scales.index(it % SLOTS).reshape([DECODERS, ROWS, 64]).load(memory_layout(DECODERS, ROWS, 2))
-    held = gl.zeros([DECODERS, ROWS, 64], gl.int32, layout=memory_layout(DECODERS, ROWS, 2))
+    words = codes.index(it % SLOTS).reshape([WARPS, ROWS, 128]).load(memory_layout(WARPS, ROWS, 4))
+    scale = scales.index(it % SLOTS).reshape([WARPS, ROWS, 64]).load(memory_layout(WARPS, ROWS, 2))
+    held = gl.zeros([WARPS, ROWS, 64], gl.int32, layout=memory_layout(WARPS, ROWS, 2))
     return decode_units(words, scale, held, DTYPE).reshape([UNITS * 16, 64])
 
 
@@ -282,6 +282,7 @@ def product_kernel(
     BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    DECODERS: gl.constexpr,
 ):
     """``out [M, N]`` of a dense product, or the rows of all blocks of experts, x then being sorted by expert.
 
