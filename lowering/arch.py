@@ -118,6 +118,7 @@ _FEW_EXPERTS = ((32, 2, 2, 4, False),)
 _LOW, _SHORT = 3072, 4096
 _MIDDLE, _LARGE = ManyRows(128, 128, 4, 8), ManyRows(256, 128, 3, 8)
 _MANY = ((64, ManyRows(64, 128, 5, 4)), (256, _MIDDLE), (_ANY, _LARGE))
+_MANY_WIDE = ((64, ManyRows(64, 128, 5, 4)), (128, _MIDDLE), (_ANY, _LARGE))
 _MANY_EXPERTS = ((48, ManyRows(64, 256, 3, 8, 8)), (128, _MIDDLE), (_ANY, _LARGE))
 
 _MOST_SPLITS = 8
@@ -166,7 +167,8 @@ class Arch:
                 return few
             # Triton 3.6 does not compile many_rows.py for a single step.
             if self.wgmma and depth >= 128:
-                return next(launch for most, launch in (_MANY_EXPERTS if experts else _MANY) if rows <= most)
+                launches = _MANY_EXPERTS if experts else _MANY_WIDE if columns >= _WIDE else _MANY
+                return next(launch for most, launch in launches if rows <= most)
         return self.tile(rows, dtype, experts=experts, columns=columns)
 
     def _few_rows(self, rows: int, columns: int, depth: int, experts: bool) -> FewRows | None:
