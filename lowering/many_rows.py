@@ -6,11 +6,9 @@ The loader's one warp keeps the copy engine busy; the decoders turn codes into a
 memory, in natural order, so that x needs none of its own; the multipliers run ``wgmma`` from shared memory. Barriers
 in shared memory pass the stages around.
 
-Programs stay: there is one for each multiprocessor. What does not fill whole rounds of tiles is shared out along K
-("stream-K"): a program that ends in the middle of a tile adds, in order, the sums that those after it have left in
-``parts``. It waits only for programs that started before it.
-
-A *step* is 64 columns of K for one tile. Tiles of experts come from a schedule made on the device: see moe.py.
+Programs stay: there is one for each multiprocessor. A *step* is 64 columns of K for one tile. Which tiles and steps are
+a program's own is in sharing.py; where several share a tile, the one that begins it adds, in order, the sums that the
+others have left in ``parts``. It waits only for programs that started before it.
 """
 
 from __future__ import annotations
@@ -34,6 +32,7 @@ from .arch import ManyRows
 from .decode import undo_factor
 from .few_rows import activate, decode_units, memory_layout
 from .operands import Schedule, Weight
+from .sharing import locate, place, rows_of_block, shares
 
 # Names that changed between Triton 3.6 and 3.9.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -42,60 +41,6 @@ copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_globa
 STEP = gl.constexpr(64)
 # Codes and scales are fetched so many steps before the tokens that they meet.
 LEAD = gl.constexpr(2)
-# Tiles of this many columns of blocks are walked together, so that tokens and codes meet in the L2 cache.
-TOGETHER = gl.constexpr(4)
-
-
-@gluon.jit
-def locate(it, share, UNITS: gl.constexpr):
-    """The tile and the step of K that a program's step ``it`` belongs to. ``share``: see ``shares``."""
-    begin, count, shared, me = share
-    together = it < count
-    own = gl.maximum(it - count, 0)
-    tile = gl.where(together, (begin + it) // UNITS, shared + own // UNITS * gl.num_programs(0) + me)
-    return tile, gl.where(together, (begin + it) % UNITS, own % UNITS)
-
-
-@gluon.jit
-def shares(tiles, UNITS: gl.constexpr):
-    """How this program's part of the work is made up, and the number of its steps.
-
-    The first ``shared`` tiles are cut into equal ranges of steps, this program's being ``count`` from ``begin`` on; the
-    others are handed round whole.
-    """
-    programs = gl.num_programs(0)
-    rest = tiles % programs
-    # Where rounds are nearly full, whole tiles are better: neighbours then work on neighbours.
-    full = tiles * 16 >= gl.cdiv(tiles, programs) * programs * 15
-    shared = gl.where(full, 0, gl.where(tiles < programs, tiles, rest + programs))
-    me = programs - 1 - gl.program_id(0)
-    share = gl.cdiv(shared * UNITS, programs)
-    begin = gl.minimum(me * share, shared * UNITS)
-    count = gl.minimum(begin + share, shared * UNITS) - begin
-    own = gl.cdiv(gl.maximum(tiles - shared - me, 0), programs)
-    return (begin, count, shared, me), count + own * UNITS, share
-
-
-@gluon.jit
-def place(tile, tiles, plan):
-    """(row of tiles, column of tiles) of a dense product; (block, column of tiles) of one of experts."""
-    tiles_m, tiles_n = tiles
-    if plan[0] is not None:
-        return tile // tiles_n, tile % tiles_n
-    width = TOGETHER * tiles_m
-    first = tile // width * TOGETHER
-    size = gl.minimum(tiles_n - first, TOGETHER)
-    return tile % width // size, first + tile % width % size
-
-
-@gluon.jit
-def rows_of_block(block, plan, BM: gl.constexpr):
-    """(expert, first row of x, end of its rows) of a block of the schedule."""
-    experts, ends, block_ends = plan
-    expert = gl.load(experts + block).to(gl.int32)
-    first = gl.load(ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
-    before = gl.load(block_ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
-    return expert, first + (block - before) * BM, gl.load(ends + expert).to(gl.int32)
 
 
 @gluon.jit

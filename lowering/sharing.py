@@ -1,0 +1,68 @@
+# ruff: noqa: ANN001, ANN201  (kernels: Triton types the parameters; tuples are shared out by place)
+
+"""Which tiles of a product, and which steps of K in them, a program that stays works on.
+
+Tiles are handed round whole as long as they fill whole rounds. What is left over, and one round more, is shared out in
+equal ranges of steps ("stream-K"), so that all programs end together. Tiles of experts come from a schedule made on the
+device (schedule.py): a *plan* is (experts of blocks, ends, block ends), or three times None for a dense product.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Tiles of this many columns of blocks are walked together, so that tokens and codes meet in the L2 cache.
+TOGETHER = gl.constexpr(4)
+
+
+@gluon.jit
+def locate(it, share, UNITS: gl.constexpr):
+    """The tile and the step of K that a program's step ``it`` belongs to. ``share``: see ``shares``."""
+    begin, count, shared, me = share
+    together = it < count
+    own = gl.maximum(it - count, 0)
+    tile = gl.where(together, (begin + it) // UNITS, shared + own // UNITS * gl.num_programs(0) + me)
+    return tile, gl.where(together, (begin + it) % UNITS, own % UNITS)
+
+
+@gluon.jit
+def shares(tiles, UNITS: gl.constexpr):
+    """How this program's part of the work is made up, and the number of its steps.
+
+    The first ``shared`` tiles are cut into equal ranges of steps, this program's being ``count`` from ``begin`` on; the
+    others are handed round whole.
+    """
+    programs = gl.num_programs(0)
+    rest = tiles % programs
+    # Where rounds are nearly full, whole tiles are better: neighbours then work on neighbours.
+    full = tiles * 16 >= gl.cdiv(tiles, programs) * programs * 15
+    shared = gl.where(full, 0, gl.where(tiles < programs, tiles, rest + programs))
+    me = programs - 1 - gl.program_id(0)
+    share = gl.cdiv(shared * UNITS, programs)
+    begin = gl.minimum(me * share, shared * UNITS)
+    count = gl.minimum(begin + share, shared * UNITS) - begin
+    own = gl.cdiv(gl.maximum(tiles - shared - me, 0), programs)
+    return (begin, count, shared, me), count + own * UNITS, share
+
+
+@gluon.jit
+def place(tile, tiles, plan):
+    """(row of tiles, column of tiles) of a dense product; (block, column of tiles) of one of experts."""
+    tiles_m, tiles_n = tiles
+    if plan[0] is not None:
+        return tile // tiles_n, tile % tiles_n
+    width = TOGETHER * tiles_m
+    first = tile // width * TOGETHER
+    size = gl.minimum(tiles_n - first, TOGETHER)
+    return tile % width // size, first + tile % width % size
+
+
+@gluon.jit
+def rows_of_block(block, plan, BM: gl.constexpr):
+    """(expert, first row of x, end of its rows) of a block of the schedule."""
+    experts, ends, block_ends = plan
+    expert = gl.load(experts + block).to(gl.int32)
+    first = gl.load(ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
+    before = gl.load(block_ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
+    return expert, first + (block - before) * BM, gl.load(ends + expert).to(gl.int32)
