@@ -7,6 +7,8 @@ import torch
 
 from fp4pass.lowering.schedule import runs_directly, schedule
 
+from .interpreting import bounds_of_loops_are_numbers  # noqa: F401  (a fixture that all tests here have)
+
 # Every E_PADDED below 16 is 16, and FEW, the blocks that blocks_kernel takes at a time, is 16 with the most experts.
 EXPERTS = (1, 2, 5, 16, 17, 128, 512)
 BLOCKS_M = (8, 16, 32, 64, 128)

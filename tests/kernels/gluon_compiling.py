@@ -1,0 +1,116 @@
+"""Compiles the Gluon kernels, few_rows.py and many_rows.py, for any GPU generation on a machine without one."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from fp4pass.lowering import few_rows, many_rows
+from fp4pass.lowering.arch import Arch, FewRows, ManyRows
+
+from .compiling import machine_code
+
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# Nano's widths: hidden and inner size of its experts.
+HIDDEN, INNER = 2688, 1856
+# What the launch functions pass is a multiple of 16, wherever it starts and however many experts there are.
+_MULTIPLES_OF_16 = ("N", "EXPERTS", "stride_xm")
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+def compile_gluon(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: Arch, launch: FewRows | ManyRows
+) -> Any:
+    """The kernel for ``arch``; parameters without a type in ``types`` are constants, None where none is given."""
+    names = kernel.arg_names
+    constants = constants | {name: value for name, value in launch.constants.items() if name in names}
+    source = GluonASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): constants.get(name) for name in names if name not in types},
+        attrs={
+            (names.index(name),): _DIVISIBLE
+            for name, kind in types.items()
+            if kind[0] == "*" or name in _MULTIPLES_OF_16
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch.sm, 32), options={"num_warps": launch.warps})
+
+
+@cache
+def compile_linear(
+    arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, *, k: int = HIDDEN, plain: bool = False
+) -> Any:
+    """The dense product over ``k`` columns, with global scale and bias unless ``plain``."""
+    types = {"out": POINTER[dtype], "M": "i32", "N": "i32"}
+    if not plain:
+        types |= {"global_scale": "*fp32", "bias": POINTER[dtype]}
+    if isinstance(launch, FewRows):
+        constants = {"K": k, "EARLY": launch.early}
+        return compile_gluon(few_rows.linear_kernel, types | _few_operands(dtype), constants, arch, launch)
+    constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": "none"}
+    return compile_gluon(many_rows.product_kernel, types | _many_operands(dtype, launch), constants, arch, launch)
+
+
+@cache
+def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, product: str) -> Any:
+    """A product of experts by a schedule: ``up`` (relu2), ``down`` (routing weights), ``direct`` (a slot a block)."""
+    down = product == "down"
+    constants = {"K": INNER if down else HIDDEN, "ACTIVATION": "relu2" if product == "up" else "none"}
+    constants["global_stride"] = 1
+    types = {"out": "*fp32" if down else POINTER[dtype], "global_scale": "*fp32", "N": "i32", "EXPERTS": "i32"}
+    if down:
+        types["weights"] = "*fp32"
+    if product == "direct":
+        types["experts"] = "*i64"  # The ids themselves.
+    else:
+        types |= dict.fromkeys(("experts", "order", "ends", "block_ends"), "*i32")
+    if isinstance(launch, FewRows):
+        types |= _few_operands(dtype) | {"slots_of_x": "i32"}
+        return compile_gluon(few_rows.experts_kernel, types, constants, arch, launch)
+    types |= _many_operands(dtype, launch) | {"M": "i32"}
+    return compile_gluon(many_rows.product_kernel, types, constants, arch, launch)
+
+
+@cache
+def operations(kernel: Any) -> tuple[str, ...]:
+    """The SASS instructions of a compiled kernel, without the predicates that guard them."""
+    return tuple(line.partition(" ")[2] if line.startswith("@") else line for line in machine_code(kernel))
+
+
+def places(code: tuple[str, ...], operation: str) -> list[int]:
+    """Where in ``code`` an instruction begins with ``operation``."""
+    return [index for index, line in enumerate(code) if line.startswith(operation)]
+
+
+def assert_fits(arch: Arch, kernel: Any, *, spills: int = 0) -> None:
+    """Within shared memory and, but for so many loads and stores of what was put aside, within registers."""
+    assert kernel.metadata.shared <= arch.shared_memory
+    code = operations(kernel)
+    found = [code[place] for name in ("LDL", "STL") for place in places(code, name)]
+    assert len(found) <= spills, found
+
+
+def _few_operands(dtype: torch.dtype) -> dict[str, str]:
+    return {"x": POINTER[dtype], "words": "*i32", "scale": "*u8", "stride_xm": "i32"}
+
+
+def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
+    units = launch.block_n // 16
+    return {
+        "x_desc": _descriptor(POINTER[dtype][1:], launch.block_m, 64, many_rows._swizzled()),
+        "codes_desc": _descriptor("i32", units, 128, many_rows._straight(32)),
+        "scale_desc": _descriptor("u8", units, 64, many_rows._straight(8)),
+        "parts": "*fp32",
+        "flags": "*i32",
+    }
+
+
+def _descriptor(element: str, rows: int, columns: int, layout: Any) -> str:
+    """How Triton writes the type of a TMA descriptor of such tiles."""
+    return f"tensordesc<{element}[{rows}, {columns}],{layout!r}>"

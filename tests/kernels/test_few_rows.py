@@ -1,0 +1,110 @@
+"""The kernels for few rows, compiled for every GPU generation, and what must hold of their machine code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fp4pass.lowering import arch
+from fp4pass.lowering.arch import FewRows
+
+from . import gluon_compiling as compiling
+
+HOPPER = arch.ARCHS[90]
+# Two rows of units and little x, or routing weights: a few addresses are put aside. The most that Triton 3.6 and 3.9
+# leave, by rows of weight and of x.
+MOST_SPILLS = {("dense", 32, 8): 8, ("down", 32, 16): 2, ("down", 32, 32): 12}
+# A unit's codes are one load of 16 bytes a lane, its scales one of two. Codes pass by the L1 cache, tokens do not.
+CODES, SCALES, TOKENS = "LDG.E.128.STRONG.GPU", "LDG.E.U16", "LDG.E.128 "
+
+
+def products(experts, launch):
+    """What a launch is compiled as."""
+    if not experts:
+        return ("dense",)
+    return ("up", "down", "direct") if launch.block_m == 8 else ("up", "down")
+
+
+def every_launch():
+    """All of them; those that differ from one already listed by their generation alone are left to the long run.
+
+    But for the widest, so that every generation is among them.
+    """
+    listed = set()
+    for generation in sorted(arch.ARCHS.values(), key=lambda each: -each.sm):
+        for experts, launch in arch.launches(generation):
+            if not isinstance(launch, FewRows):
+                continue
+            again = (experts, launch) in listed and launch.block_m < 64
+            listed.add((experts, launch))
+            for product in products(experts, launch):
+                name = f"sm{generation.sm}-{product}-{launch.block_m}x{16 * launch.rows}-{launch.warps}warps"
+                yield pytest.param(
+                    generation,
+                    launch,
+                    product,
+                    marks=(pytest.mark.fuzz,) if again else (),
+                    id=name + ("-early" if launch.early else ""),
+                )
+
+
+def compiled(generation, launch, product):
+    """The fewest rows over 8192 columns, so that there is a loop; the others over as many as nano has."""
+    if product == "dense":
+        k = 8192 if launch.block_m == 8 else compiling.HIDDEN
+        return compiling.compile_linear(generation, launch, torch.bfloat16, k=k)
+    return compiling.compile_experts(generation, launch, torch.bfloat16, product)
+
+
+def dense_launches(block_m):
+    found = [
+        launch
+        for experts, launch in arch.launches(HOPPER)
+        if isinstance(launch, FewRows) and not experts and launch.block_m == block_m
+    ]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(("generation", "launch", "product"), every_launch())
+def test_launch_compiles_within_shared_memory_and_registers(generation, launch, product):
+    kernel = compiled(generation, launch, product)
+    compiling.assert_fits(generation, kernel, spills=MOST_SPILLS.get((product, 16 * launch.rows, launch.block_m), 0))
+    assert compiling.places(compiling.operations(kernel), "HMMA")
+
+
+def test_float16_without_bias_and_global_scale_compiles_within_registers():
+    kernel = compiling.compile_linear(HOPPER, dense_launches(8)[0], torch.float16, plain=True)
+    compiling.assert_fits(HOPPER, kernel)
+    assert "fma.rn.f16x2" in kernel.asm["ptx"] and "bf16" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("launch", dense_launches(8), ids=lambda launch: f"{launch}, early: {launch.early}")
+def test_weight_is_on_its_way_before_the_first_product_and_decoded_in_few_instructions(launch):
+    """Left alone, ptxas moves loads next to their uses: a warp then waits for memory at every step. So before the first
+    product stand all loads of the first DEPTH steps.
+
+    A lane takes eight weights into each product of the tensor core. Per weight the whole kernel, beginning and end
+    included, has 3.1 to 3.3 (Triton 3.9) or 3.3 to 3.55 (3.6) instructions.
+    """
+    code = compiling.operations(compiled(HOPPER, launch, "dense"))
+    hmma = compiling.places(code, "HMMA")
+    for load in (CODES, SCALES):
+        early = [place for place in compiling.places(code, load) if place < hmma[0]]
+        assert len(early) == launch.depth * launch.rows, load
+    most = 3.4 if (launch.warps, launch.rows) == (4, 1) else 3.6
+    assert len(code) / (8 * len(hmma)) < most
+
+
+@pytest.mark.parametrize("launch", dense_launches(8), ids=lambda launch: f"{launch}, early: {launch.early}")
+def test_an_early_launch_reads_its_weight_before_it_waits_and_its_tokens_after(launch):
+    """Tokens may be what the kernel before still writes: none may be read, nor a result stored, ahead of the wait."""
+    code = compiling.operations(compiled(HOPPER, launch, "dense"))
+    begins, waits = compiling.places(code, "PREEXIT"), compiling.places(code, "ACQBULK")
+    assert (len(begins), len(waits)) == ((1, 1) if launch.early else (0, 0))
+    if launch.early:
+        codes = [place for place in compiling.places(code, CODES) if place < waits[0]]
+        assert begins[0] < codes[0] and len(codes) == launch.depth * launch.rows
+        assert waits[0] < min(compiling.places(code, TOKENS) + compiling.places(code, "STG"))
