@@ -81,24 +81,38 @@ def test_float16_without_bias_and_global_scale_compiles_within_registers():
     assert "fma.rn.f16x2" in kernel.asm["ptx"] and "bf16" not in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize("launch", dense_launches(8), ids=lambda launch: f"{launch}, early: {launch.early}")
-def test_weight_is_on_its_way_before_the_first_product_and_decoded_in_few_instructions(launch):
-    """Left alone, ptxas moves loads next to their uses: a warp then waits for memory at every step. So before the first
-    product stand all loads of the first DEPTH steps.
+EACH_DENSE = pytest.mark.parametrize("launch", dense_launches(8), ids=lambda launch: f"{launch}, early: {launch.early}")
 
-    A lane takes eight weights into each product of the tensor core. Per weight the whole kernel, beginning and end
-    included, has 3.1 to 3.3 (Triton 3.9) or 3.3 to 3.55 (3.6) instructions.
+
+@pytest.mark.parametrize("k", (compiling.HIDDEN, 8192))
+@EACH_DENSE
+def test_weight_is_on_its_way_before_the_first_product(launch, k):
+    """Left alone, ptxas moves loads next to their uses: over nano's columns, where there is no loop, it did.
+
+    A warp then waits for memory at every step. So before the first product stand all loads of the first DEPTH steps,
+    and behind them the barrier that they may not pass.
+    """
+    code = compiling.operations(compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k))
+    product, barrier = (compiling.places(code, name)[0] for name in ("HMMA", "BAR.SYNC"))
+    steps = -(-k // (64 * launch.warps))
+    for load in (CODES, SCALES):
+        early = [place for place in compiling.places(code, load) if place < barrier]
+        assert len(early) == min(steps, launch.depth) * launch.rows, load
+    assert barrier < product
+
+
+@EACH_DENSE
+def test_decoding_and_multiplying_a_weight_takes_few_instructions(launch):
+    """A lane takes eight weights into each product of the tensor core.
+
+    Per weight the whole kernel, beginning and end included, has 3.1 to 3.3 (Triton 3.9) or 3.3 to 3.55 (3.6).
     """
     code = compiling.operations(compiled(HOPPER, launch, "dense"))
-    hmma = compiling.places(code, "HMMA")
-    for load in (CODES, SCALES):
-        early = [place for place in compiling.places(code, load) if place < hmma[0]]
-        assert len(early) == launch.depth * launch.rows, load
     most = 3.4 if (launch.warps, launch.rows) == (4, 1) else 3.6
-    assert len(code) / (8 * len(hmma)) < most
+    assert len(code) / (8 * len(compiling.places(code, "HMMA"))) < most
 
 
-@pytest.mark.parametrize("launch", dense_launches(8), ids=lambda launch: f"{launch}, early: {launch.early}")
+@EACH_DENSE
 def test_an_early_launch_reads_its_weight_before_it_waits_and_its_tokens_after(launch):
     """Tokens may be what the kernel before still writes: none may be read, nor a result stored, ahead of the wait."""
     code = compiling.operations(compiled(HOPPER, launch, "dense"))
