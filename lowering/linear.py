@@ -148,6 +148,7 @@ def linear(
         return out.view(*x.shape[:-1], n)
     asm = asm and x.dtype != torch.float32
     weight = Weight(codes, scale, global_scale, layout)
+    bias = bias if bias is None else bias.contiguous()
     launch = launch_for(arch, m, x, weight, asm=asm)
     if isinstance(launch, FewRows):
         few_rows.linear(rows, weight, bias, out, launch)

@@ -224,7 +224,11 @@ def _experts_of(
     """Write the block's result for the tokens of ``x`` into ``out``, a part of the whole result."""
     flat, choices = ids.reshape(-1), ids.shape[1]
     inner, columns, routing = up.codes.shape[1], out.shape[1], weights.reshape(-1)
-    launch = launch_for(arch, triton.cdiv(len(flat), up.count), x, up, asm=asm, experts=True)
+    of_expert = triton.cdiv(len(flat), up.count)
+    # Both products run by one schedule, so what one of them cannot run with is not for the other either.
+    launch, other = (launch_for(arch, of_expert, x, each, asm=asm, experts=True) for each in (up, down))
+    if type(launch) is not type(other):
+        launch = arch.tile(of_expert, x.dtype, experts=True)
     plan = schedule(flat, up.count, launch.block_m)
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
     if isinstance(launch, FewRows):

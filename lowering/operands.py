@@ -20,6 +20,10 @@ class Weight:
     global_scale: torch.Tensor | None
     layout: str
 
+    def __post_init__(self) -> None:
+        if self.global_scale is not None:
+            object.__setattr__(self, "global_scale", self.global_scale.contiguous())
+
     @property
     def words(self) -> torch.Tensor:
         """The codes as 32-bit words, int32 ``[..., K/8]``."""

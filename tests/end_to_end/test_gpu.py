@@ -93,6 +93,15 @@ def test_2048_tokens_and_decode_through_generate(prefill, load, capsys):
     assert_on_this_gpu(report)
 
 
+def test_decoding_with_autotuned_kernels_beside_ours(load):
+    """The mode tunes what is left in BF16, and turns products with one row into sums: ours must be found there too."""
+    model, ids = load(torch.bfloat16), prompt(16)
+    text = model.generate(ids, max_new_tokens=8, **GREEDY, **compiled(mode="max-autotune"))
+    assert text.shape == (1, 24) and torch.equal(text[:, :16], ids)
+    assert_whole(fp4pass.last_report())
+    assert_on_this_gpu(fp4pass.last_report())
+
+
 @torch.no_grad()
 def test_no_layer_holds_more_than_a_gigabyte_beside_its_weights(load, capsys):
     model, peaks = load(torch.bfloat16), {}

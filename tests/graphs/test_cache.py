@@ -235,6 +235,7 @@ OTHER_VALUES = {
     "require_match": True,
     "disable": ("linear",),
     "check": True,
+    "activations": "emulate",
     "inductor": (("max_autotune", True),),
 }
 

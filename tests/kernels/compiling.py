@@ -83,7 +83,7 @@ def machine_code(kernel: Any) -> list[str]:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"/\*[0-9a-f]{4}\*/\s+(.*?);", text)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)
 
 
 def main_loop(kernel: Any) -> list[str]:

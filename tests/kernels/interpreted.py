@@ -15,6 +15,7 @@ from triton.runtime.interpreter import TensorHandle
 from fp4pass.lowering import arch, decode, layout, linear, moe, reference
 
 from .assembly import WORD, Machine
+from .interpreting import bounds_of_loops_are_numbers  # noqa: F401
 from .operands import activations, every_product, relative_error, stored, weight
 
 PLAIN_FORM = {"arch": arch.target(80), "asm": False}
