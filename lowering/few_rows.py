@@ -8,7 +8,7 @@ the left operand of ``mma.sync``. Warps of a program split K; their sums meet on
 the order in which a unit is multiplied a lane's columns are neighbours.
 
 Written in Gluon, because the point is which thread holds what; every conversion between layouts is asserted to move
-nothing. Works on SM80 and later, for bfloat16 and float16.
+nothing. For SM80 and later, bfloat16 and float16.
 """
 
 from __future__ import annotations
