@@ -17,7 +17,7 @@ from fp4pass.match.diagnosis import diagnose
 from fp4pass.match.dims import NotRescalableError
 from fp4pass.match.fill import decoded, expected, fills
 from fp4pass.match.reasons import Reason, Refusal
-from fp4pass.match.replay import Replay
+from fp4pass.match.replay import CANNOT_RUN, Replay
 from fp4pass.match.roles import Roles, assign
 
 FULL_RUN_BYTES = 256 << 20
@@ -57,7 +57,7 @@ def _prove(cone: Cone, roles: Roles) -> Weight | Refusal:
         return Refusal(Reason.TOO_LARGE, replay.why_full)
     try:
         return _explain(cone, roles, replay)
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+    except CANNOT_RUN as error:
         return Refusal(Reason.UNKNOWN_OP, f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 

@@ -15,6 +15,9 @@ from fp4pass.match.shapes import Context, Sizes, Step, concrete, step
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+CANNOT_RUN = (RuntimeError, TypeError, ValueError, IndexError)
+"""What an operation raises that does not take the values or sizes of a replay."""
+
 
 @dataclass(frozen=True)
 class StandIn:

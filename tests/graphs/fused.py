@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import standins
+from .running import activations, compiling
 from .standins import dense, fake_codes, gated, in_tiles, norm, relu_squared, silu_times
 
 ops = torch.ops
@@ -249,7 +249,12 @@ LINEARS: dict[str, Callable[[Layer, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def close(stand_ins: standins.StandIns) -> None:
-    """Forget the ops, and what was compiled with them."""
-    stand_ins.close()
-    torch.compiler.reset()
+def rows(count: int = 5, seed: int = 1) -> torch.Tensor:
+    """Activations ``[count, K]`` in bfloat16."""
+    return activations(count, K, dtype=torch.bfloat16, seed=seed)
+
+
+@torch.no_grad()
+def compile_for_sm90(layer: Layer, *given: torch.Tensor, **options: object) -> None:
+    """Compile ``layer`` for ``given`` as for an SM90, the metadata checked after each pass."""
+    compiling(layer, {"target_sm": 90, "check": True, **options})(*given)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from expecttest import assert_expected_inline
 
 from fp4pass.lowering.reference import decode_codes
 from fp4pass.match.convention import DIVIDE, SWIZZLED
-from fp4pass.pipeline import Fp4Pass
 
 from .decodes import blocks
-from .running import compiling, listing
+from .running import compiling
 from .spellings import LINEARS, PRODUCTS_OF_EXPERTS, K, Packed, Spelling, linear, weight_on_the_left
 
 LINEAR = LINEARS["our_modules_interleaved"]
@@ -28,20 +26,6 @@ def tiles_divided(m: Packed, dtype: torch.dtype) -> torch.Tensor:
 
 
 TILES = Spelling(tiles_divided, linear, shape=(128, 192), scales=SWIZZLED, global_scale=DIVIDE)
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """The graphs that the passes are given and that they leave, one after the other."""
-    listings, original = [], Fp4Pass.__call__
-
-    def noted(self, graph):
-        listings.append(listing(graph))
-        original(self, graph)
-        listings.append(listing(graph))
-
-    monkeypatch.setattr(Fp4Pass, "__call__", noted)
-    return listings
 
 
 def compile_for_sm90(spelling: Spelling, *inputs: torch.Tensor, bias: bool = False) -> None:

@@ -12,20 +12,13 @@ from fp4pass.passes.unfuse.rows import Attention, Experts, Fp8Quantizer, Product
 from . import fused
 from .fused import LINEARS, QUANTIZING, Layer
 from .running import activations, called, compiling, relative_error
-from .standins import IMPLEMENTATIONS, StandIns
 
 ROUNDED = 0.004
 """A bfloat16 rounding of the activation and one of the result, as relative error of a whole product."""
 LIBRARIES = ("trtllm", "auto_deploy", "_C", "vllm", "flashinfer", "tensorrt")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libraries():
-    stand_ins = StandIns()
-    for name in IMPLEMENTATIONS:
-        stand_ins.row(name)
-    yield stand_ins
-    fused.close(stand_ins)
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
 def foreign(run):

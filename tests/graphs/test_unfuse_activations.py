@@ -11,9 +11,9 @@ from fp4pass.errors import ActivationError
 from fp4pass.match.reasons import Reason
 
 from . import fused
-from .fused import FACTOR, K, Layer, N, ops
+from .fused import FACTOR, K, Layer, N, ops, rows
 from .running import activations, called, compiling, relative_error
-from .standins import IMPLEMENTATIONS, StandIns, fake_codes
+from .standins import fake_codes
 from .test_unfuse import ROUNDED, foreign
 
 E4M3, E2M1 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
@@ -21,18 +21,12 @@ IN_FP8 = 0.04
 """An activation that was once in FP8, as relative error of a product."""
 
 
+pytestmark = pytest.mark.usefixtures("libraries")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def libraries():
-    stand_ins = StandIns()
-    for name in IMPLEMENTATIONS:
-        stand_ins.row(name)
-    stand_ins.define("trtllm::nobody_knows(Tensor x) -> Tensor", lambda x: x.float())
-    yield stand_ins
-    fused.close(stand_ins)
-
-
-def rows(count=5, seed=1):
-    return activations(count, K, dtype=torch.bfloat16, seed=seed)
+def an_operation_of_nobody(libraries):
+    libraries.define("trtllm::nobody_knows(Tensor x) -> Tensor", lambda x: x.float())
 
 
 def linear(m: Layer, x: torch.Tensor) -> torch.Tensor:

@@ -6,23 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from . import fused
 from .fused import FACTOR, K, Layer, N, ops
 from .running import activations, called, compiling, relative_error
-from .standins import IMPLEMENTATIONS, StandIns, relu_squared, silu_times
+from .standins import relu_squared, silu_times
 from .test_unfuse import ROUNDED, emulates, foreign
 
 EXPERTS = 3
 SIZES = (4, 0, 7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libraries():
-    stand_ins = StandIns()
-    for name in IMPLEMENTATIONS:
-        stand_ins.row(name)
-    yield stand_ins
-    fused.close(stand_ins)
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
 def starts() -> torch.Tensor:

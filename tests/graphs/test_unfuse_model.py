@@ -17,7 +17,7 @@ from fp4pass.pipeline import Fp4Pass
 from . import fused
 from .fused import EPS, GROUP_COLUMNS, Layer, ops
 from .running import activations, compiling, listing, relative_error
-from .standins import IMPLEMENTATIONS, StandIns, fake_codes, gated, norm, relu_squared
+from .standins import fake_codes, gated, norm, relu_squared
 from .test_unfuse import ROUNDED, foreign
 from .test_unfuse_activations import attention
 from .test_unfuse_experts import CHOICES, Block
@@ -25,13 +25,7 @@ from .test_unfuse_experts import CHOICES, Block
 HIDDEN, WIDE = fused.K, 128
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libraries():
-    stand_ins = StandIns()
-    for name in IMPLEMENTATIONS:
-        stand_ins.row(name)
-    yield stand_ins
-    fused.close(stand_ins)
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
 class Model(nn.Module):

@@ -6,57 +6,24 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from fp4pass.pipeline import Fp4Pass
-
 from . import fused, test_unfuse_activations, test_unfuse_experts
-from .fused import Layer
-from .running import activations, compiling, listing
-from .standins import IMPLEMENTATIONS, StandIns
+from .fused import Layer, compile_for_sm90, rows
+from .running import activations
+
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libraries():
-    stand_ins = StandIns()
-    for name in IMPLEMENTATIONS:
-        stand_ins.row(name)
-    yield stand_ins
-    fused.close(stand_ins)
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """What the pass is given and what it leaves."""
-    listings, original = [], Fp4Pass.__call__
-
-    def noted(self, graph):
-        listings.append(listing(graph))
-        original(self, graph)
-        listings.append(listing(graph))
-
-    monkeypatch.setattr(Fp4Pass, "__call__", noted)
-    return listings
-
-
-def rows(seed=1):
-    return activations(5, fused.K, dtype=torch.bfloat16, seed=seed)
-
-
-@torch.no_grad()
-def compile_for_sm90(layer, *given, **options):
-    compiling(layer, {"target_sm": 90, "check": True, **options})(*given)
-
-
-def test_linear_with_bias_that_quantizes_itself(graphs):
+def test_linear_with_bias_that_quantizes_itself(passes):
     compile_for_sm90(Layer(fused.auto_linear), rows())
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t6 = aten.view.default(in3, [1024])  # uint8[1024]
 t7 = auto_deploy.torch_quant_nvfp4_linear.default(in5, in0, in1, in2, t6, in4)  # bfloat16[5x80]
 return [t7]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t6 = aten.view.default(in3, [1024])  # uint8[1024]
 t7 = aten.mul.Tensor(in4, in2)  # float32[]
@@ -72,11 +39,11 @@ return [t15]""",
     )
 
 
-def test_grouped_product(graphs):
+def test_grouped_product(passes):
     layer = test_unfuse_experts.layer_of_experts(test_unfuse_experts.grouped)
     compile_for_sm90(layer, activations(11, fused.K, dtype=torch.bfloat16), None)
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t8 = aten.empty.memory_format([11, 48])  # uint8[11x48]
 t9 = aten.empty.memory_format([384, 8])  # uint8[384x8]
@@ -89,7 +56,7 @@ t15 = <built-in function getitem>(t14, 1)  # bfloat16[11x80]
 return [t15]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t8 = aten.slice.Tensor(in2, 0, 0, 3)  # int32[3]
 t9 = aten.select.int(in7, 1, 0)  # int32[3]
@@ -107,12 +74,12 @@ return [t19]""",
     )
 
 
-def test_block_of_experts(graphs):
+def test_block_of_experts(passes):
     block = test_unfuse_experts.Block(listed=False, with_gate=False)
     ids, routing = torch.tensor([[0, 2]] * 5), torch.ones(5, 2)
     compile_for_sm90(block, rows(), ids, routing)
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t11 = aten.view.default(in2, [3, 1, 2, 32, 4, 4])  # uint8[3x1x2x32x4x4]
 t12 = aten.permute.default(t11, [0, 1, 4, 3, 2, 5])  # uint8[3x1x4x32x2x4]
@@ -140,13 +107,13 @@ return [t32]""",
     )
 
 
-def test_product_of_torch_behind_a_quantizer_written_out(graphs):
+def test_product_of_torch_behind_a_quantizer_written_out(passes):
     layer = test_unfuse_activations.torch_layer(
         test_unfuse_activations.scaled_mm_v2, test_unfuse_activations.dynamic_unit
     )
     compile_for_sm90(layer, activations(5, 128, dtype=torch.bfloat16))
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t5 = aten.abs.default(in0)  # bfloat16[5x128]
 t6 = aten.max.default(t5)  # bfloat16[]

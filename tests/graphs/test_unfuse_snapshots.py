@@ -3,53 +3,18 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from expecttest import assert_expected_inline
 
-from fp4pass.pipeline import Fp4Pass
-
 from . import fused, test_unfuse_activations
-from .fused import Layer
-from .running import activations, compiling, listing
-from .standins import IMPLEMENTATIONS, StandIns
+from .fused import Layer, compile_for_sm90, rows
+
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libraries():
-    stand_ins = StandIns()
-    for name in IMPLEMENTATIONS:
-        stand_ins.row(name)
-    yield stand_ins
-    fused.close(stand_ins)
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """What the pass is given and what it leaves."""
-    listings, original = [], Fp4Pass.__call__
-
-    def noted(self, graph):
-        listings.append(listing(graph))
-        original(self, graph)
-        listings.append(listing(graph))
-
-    monkeypatch.setattr(Fp4Pass, "__call__", noted)
-    return listings
-
-
-def rows(seed=1):
-    return activations(5, fused.K, dtype=torch.bfloat16, seed=seed)
-
-
-@torch.no_grad()
-def compile_for_sm90(layer, *given, **options):
-    compiling(layer, {"target_sm": 90, "check": True, **options})(*given)
-
-
-def test_add_norm_and_quantize_with_the_residual_among_the_results(graphs):
-    compile_for_sm90(Layer(fused.auto_add_norm), rows(), rows(2))
+def test_add_norm_and_quantize_with_the_residual_among_the_results(passes):
+    compile_for_sm90(Layer(fused.auto_add_norm), rows(), rows(seed=2))
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t7 = auto_deploy.trtllm_fused_add_rms_norm_quant_nvfp4.default(in2, in3, in0, 1e-05, in1)
 t8 = <built-in function getitem>(t7, 0)  # bfloat16[5x96]
@@ -60,7 +25,7 @@ t12 = trtllm.nvfp4_gemm.default(t9, in4, t10, in5, in6, torch.bfloat16)  # bfloa
 return [t12, t11, t8]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t7 = aten.add.Tensor(in2, in3)  # bfloat16[5x96]
 t8 = prims.convert_element_type.default(t7, torch.float32)  # float32[5x96]
@@ -85,10 +50,10 @@ return [t25, t7, t16]""",
     )
 
 
-def test_add_norm_and_quantize_with_the_residual_written_in_place(graphs):
-    compile_for_sm90(Layer(fused.vllm_add_norm), rows(), rows(2))
+def test_add_norm_and_quantize_with_the_residual_written_in_place(passes):
+    compile_for_sm90(Layer(fused.vllm_add_norm), rows(), rows(seed=2))
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t7 = aten.clone.default(in0)  # bfloat16[5x96]
 t8 = aten.empty.memory_format([5, 48])  # uint8[5x48]
@@ -103,7 +68,7 @@ t16 = aten.copy_.default(in3, t14)  # bfloat16[5x96]
 return [t15, t13]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t7 = aten.clone.default(in0)  # bfloat16[5x96]
 t8 = aten.add.Tensor(in3, t7)  # bfloat16[5x96]
@@ -130,10 +95,10 @@ return [t26, t8]""",
     )
 
 
-def test_gated_norm_and_quantize(graphs):
-    compile_for_sm90(Layer(fused.trtllm_gated_norm), rows(), rows(2))
+def test_gated_norm_and_quantize(passes):
+    compile_for_sm90(Layer(fused.trtllm_gated_norm), rows(), rows(seed=2))
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t7 = trtllm.fused_gated_rmsnorm_quant.default(in2, in3, in0, 32, 1e-05, in1)
 t8 = <built-in function getitem>(t7, 0)  # int32[5x12]
@@ -144,7 +109,7 @@ t12 = trtllm.nvfp4_gemm.default(t11, in4, t9, in5, in6, torch.bfloat16)  # bfloa
 return [t12]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t7 = prims.convert_element_type.default(in2, torch.float32)  # float32[5x96]
 t8 = prims.convert_element_type.default(in3, torch.float32)  # float32[5x96]
@@ -175,10 +140,10 @@ return [t31]""",
     )
 
 
-def test_relu2_and_quantize(graphs):
-    compile_for_sm90(Layer(fused.trtllm_relu2), rows(), rows(2))
+def test_relu2_and_quantize(passes):
+    compile_for_sm90(Layer(fused.trtllm_relu2), rows(), rows(seed=2))
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t5 = trtllm.fused_relu2_quantize.default(in1, in0)
 t6 = <built-in function getitem>(t5, 0)  # uint8[5x48]
@@ -187,7 +152,7 @@ t8 = trtllm.nvfp4_gemm.default(t6, in2, t7, in3, in4, torch.bfloat16)  # bfloat1
 return [t8]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t5 = aten.relu.default(in1)  # bfloat16[5x96]
 t6 = aten.pow.Tensor_Scalar(t5, 2)  # bfloat16[5x96]
@@ -204,10 +169,10 @@ return [t15]""",
     )
 
 
-def test_silu_and_multiply_and_quantize(graphs):
-    compile_for_sm90(Layer(fused.vllm_silu), rows(), rows(2))
+def test_silu_and_multiply_and_quantize(passes):
+    compile_for_sm90(Layer(fused.vllm_silu), rows(), rows(seed=2))
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t6 = aten.cat.default([in0, in1], -1)  # bfloat16[5x192]
 t7 = prims.convert_element_type.default(t6, torch.float32)  # float32[5x192]
@@ -233,10 +198,10 @@ return [t25]""",
     )
 
 
-def test_quantize_emulated(graphs):
-    compile_for_sm90(Layer(fused.vllm_quantize), rows(), rows(2), activations="emulate")
+def test_quantize_emulated(passes):
+    compile_for_sm90(Layer(fused.vllm_quantize), rows(), rows(seed=2), activations="emulate")
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t5 = _C.scaled_fp4_quant.default(in1, in0, True)
 t6 = <built-in function getitem>(t5, 0)  # uint8[5x48]
@@ -245,7 +210,7 @@ t8 = trtllm.nvfp4_gemm.default(t6, in2, t7, in3, in4, torch.bfloat16)  # bfloat1
 return [t8]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t5 = prims.convert_element_type.default(in1, torch.float32)  # float32[5x96]
 t6 = aten.view.default(t5, [5, 6, 16])  # float32[5x6x16]
@@ -296,10 +261,10 @@ return [t49]""",
     )
 
 
-def test_quantized_attention_output(graphs):
-    compile_for_sm90(Layer(test_unfuse_activations.attention), rows(), rows(2), rows(3))
+def test_quantized_attention_output(passes):
+    compile_for_sm90(Layer(test_unfuse_activations.attention), rows(), rows(seed=2), rows(seed=3))
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t7 = aten.empty.memory_format([5, 48])  # uint8[5x48]
 t8 = aten.empty.memory_format([1024])  # uint8[1024]
@@ -310,7 +275,7 @@ t12 = trtllm.nvfp4_gemm.default(t10, in4, t11, in5, in6, torch.bfloat16)  # bflo
 return [t12]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t7 = aten.empty.memory_format([5, 96])  # bfloat16[5x96]
 t8 = auto_functionalized_v2(vllm.unified_attention_with_output.default)
@@ -328,10 +293,10 @@ return [t18]""",
     )
 
 
-def test_activation_in_fp8_with_a_static_scale(graphs):
+def test_activation_in_fp8_with_a_static_scale(passes):
     compile_for_sm90(test_unfuse_activations.layer_with_fp8(test_unfuse_activations.divided), rows())
     assert_expected_inline(
-        graphs[0],
+        passes[0],
         """\
 t6 = aten.div.Tensor(in1, in0)  # bfloat16[5x96]
 t7 = prims.convert_element_type.default(t6, torch.float32)  # float32[5x96]
@@ -346,7 +311,7 @@ t15 = trtllm.nvfp4_gemm.default(t13, in3, t14, in4, in5, torch.bfloat16)  # bflo
 return [t15]""",
     )
     assert_expected_inline(
-        graphs[1],
+        passes[1],
         """\
 t6 = aten.div.Tensor(in1, in0)  # bfloat16[5x96]
 t7 = prims.convert_element_type.default(t6, torch.float32)  # float32[5x96]

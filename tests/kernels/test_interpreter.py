@@ -1,25 +1,13 @@
-"""Runs interpreted.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+"""The Triton kernels on the CPU."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+from . import interpreting
+
 
 def test_the_kernels_in_the_interpreter():
-    module = Path(__file__).with_name("interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(module)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=module.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpreting.run("interpreted")

@@ -18,7 +18,7 @@ from fp4pass import _torch
 from fp4pass.lowering.reference import GROUP, decode_codes, decode_scale
 from fp4pass.match.anchors import is_product
 from fp4pass.match.cone import Inputs, value
-from fp4pass.match.replay import Part, Replay
+from fp4pass.match.replay import CANNOT_RUN, Part, Replay
 from fp4pass.match.shapes import concrete
 from fp4pass.match.structure import Memo, structure
 from fp4pass.passes.rewriter import ACTIVATION_DTYPES
@@ -237,7 +237,7 @@ def _is_round_trip(region: Region, run: Run, columns: int) -> bool:
             for exact, both in _trials(region, columns)
             for leaves in both
         )
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+    except CANNOT_RUN:
         return False
 
 
@@ -252,7 +252,7 @@ def _factor_of(region: Region, run: Run, columns: int) -> tuple[int, bool] | Non
                 return None
             fits = _fitting(region, both[0], float(ratio))
             known = fits if known is None else [each for each in known if each in fits]
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+    except CANNOT_RUN:
         return None
     return known[0] if known else None
 

@@ -1,0 +1,37 @@
+"""Fixtures that several modules share: the graphs around the passes, and stand-ins for other libraries' operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4pass.pipeline import Fp4Pass
+
+from .running import listing
+from .standins import IMPLEMENTATIONS, StandIns
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The graphs that the passes are given and that they leave, one after the other."""
+    listings, original = [], Fp4Pass.__call__
+
+    def noted(self, graph):
+        listings.append(listing(graph))
+        original(self, graph)
+        listings.append(listing(graph))
+
+    monkeypatch.setattr(Fp4Pass, "__call__", noted)
+    return listings
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    """Every operation of the tables under its own name, until the module's tests have run."""
+    stand_ins = StandIns()
+    for name in IMPLEMENTATIONS:
+        stand_ins.row(name)
+    yield stand_ins
+    stand_ins.close()
+    # What was compiled with them.
+    torch.compiler.reset()
