@@ -7,10 +7,13 @@ name, so that it does not depend on the tensors before it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import multiprocessing
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ def synthesize(
     format: str = "modelopt",
     quantization_in_config: bool | None = None,
     shard_bytes: int = 1 << 30,
+    jobs: int = 1,
     **dimensions: int | None,
 ) -> Path:
     """Write a checkpoint like release ``like`` (a name in ``releases.RELEASES``) into ``directory``; returns its path.
@@ -57,8 +61,9 @@ def synthesize(
     ``dimensions`` are the fields of ``releases.Sizes``: hidden, experts, top_k, intermediate, shared, latent, heads,
     kv_heads, head_dim, mamba_heads, mamba_head_dim, groups, state, vocab. One left out, or None, is the release's own.
     ``format`` is that of the files, ``"modelopt"`` or ``"compressed-tensors"``; the latter has the release's NVFP4
-    linear layers, and everything else in BF16. One shard of ``shard_bytes`` is held in memory at a time.
-    ``quantization_in_config`` puts the quantization into config.json beside hf_quant_config.json; 3 Nano does not, the
+    linear layers, and everything else in BF16. ``jobs`` processes write shards of ``shard_bytes`` side by side, each
+    holding one in memory; with more than one the caller's module must be importable without side effects, as for any
+    spawned process. ``quantization_in_config`` puts the quantization into config.json beside hf_quant_config.json; 3 Nano does not, the
     other releases do. The same arguments give the same bytes.
 
     Raises OptionError for an unknown release, format or dimension and for values that the format or the model cannot
@@ -72,7 +77,7 @@ def synthesize(
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a checkpoint already; choose another directory or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_shards(folder, plan, seed, shard_bytes)
+    _write_shards(folder, plan, seed, shard_bytes, jobs)
     config, files = releases.config(made, sizes), {}
     if format == "modelopt":
         files["hf_quant_config.json"] = quant = quantization(like, made, sizes)
@@ -122,15 +127,23 @@ def _check_sizes(sizes: releases.Sizes, plan: list[TensorSpec]) -> None:
             )
 
 
-def _write_shards(folder: Path, plan: list[TensorSpec], seed: int, shard_bytes: int) -> None:
+def _write_shards(folder: Path, plan: list[TensorSpec], seed: int, shard_bytes: int, jobs: int) -> None:
     shards = list(_split(plan, shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({spec.name: _fill(spec, seed) for spec in shard}, folder / file, metadata={"format": "pt"})
-        weight_map |= {spec.name: file for spec in shard}
+    files = [folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if jobs > 1:
+        # Fresh processes: a fork would take over the locks of this one's threads.
+        with ProcessPoolExecutor(min(jobs, len(shards)), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_write_shard, files, shards, itertools.repeat(seed)))
+    else:
+        for file, shard in zip(files, shards, strict=True):
+            _write_shard(file, shard, seed)
+    weight_map = {spec.name: file.name for file, shard in zip(files, shards, strict=True) for spec in shard}
     index = {"metadata": {"total_size": sum(map(_size, plan))}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_shard(file: Path, shard: list[TensorSpec], seed: int) -> None:
+    save_file({spec.name: _fill(spec, seed) for spec in shard}, file, metadata={"format": "pt"})
 
 
 def _split(plan: list[TensorSpec], shard_bytes: int) -> Iterator[list[TensorSpec]]:
