@@ -7,7 +7,7 @@ import torch
 from fp4pass.errors import ArgumentError
 
 from .layout import check_layout
-from .reference import ACTIVATIONS, GROUP
+from .reference import ACTIVATIONS, GROUP, NO_ACTIVATION
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int32, torch.int64)
@@ -21,16 +21,18 @@ def check_linear(
     global_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     layout: str,
+    activation: str = NO_ACTIVATION,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """Operands of a product over K: x ``[..., K]``, codes ``[N, K/2]``, scale ``[N, K/16]``, bias ``[N]``."""
+    _check_activation(op, activation, (NO_ACTIVATION, *ACTIVATIONS), "apply it to the result of the op")
+    if out_dtype not in (None, *_FLOATS):
+        seen, expected = (_names(dtypes) for dtypes in ((out_dtype,), _FLOATS))
+        raise _refusal(op, "out_dtype", "is no dtype of a result", seen, expected, "convert the result instead")
     _check_x(op, "x", x)
     _check_weight(op, "", 2, x, codes, scale, global_scale, layout)
     _check_size(op, "x", x, -1, codes.shape[-1] * 2, "K of the codes")
-    if bias is not None:
-        _check_dtype(op, "bias", bias, _FLOATS)
-        _check_rank(op, "bias", bias, 1, "[N]")
-        _check_size(op, "bias", bias, 0, codes.shape[0], "N of the codes")
-        _check_device(op, "bias", bias, x)
+    _check_bias(op, bias, codes.shape[0], "N of the codes", x)
 
 
 def check_linear_backward(
@@ -92,13 +94,8 @@ def check_experts(
     layout: str,
 ) -> None:
     """Operands of a block: x ``[T, H]``, ids and weights ``[T, k]``, up ``[E, I, H/2]``, down ``[E, O, I/2]``."""
-    if activation not in ACTIVATIONS:
-        raise ArgumentError(
-            f"fp4pass::{op}: unknown activation",
-            seen=repr(activation),
-            expected=f"one of {', '.join(ACTIVATIONS)}",
-            do="call the two products with gathered_linear or grouped_linear and the activation between them",
-        )
+    between = "call the two products with gathered_linear or grouped_linear and the activation between them"
+    _check_activation(op, activation, tuple(ACTIVATIONS), between)
     _check_x(op, "x", x)
     _check_rank(op, "x", x, 2, "[T, H]")
     _check_weight(op, "up_", 3, x, *up, layout)
@@ -115,6 +112,40 @@ def check_experts(
     _check_size(op, "weights", weights, 1, ids.shape[1], "k of ids")
 
 
+def check_fp8_linear(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    """Operands of a product with an E4M3 weight: x ``[..., K]``, weight uint8 ``[N, K]``, each scale one float32."""
+    _check_x(op, "x", x)
+    _check_dtype(op, "weight", weight, (torch.uint8,))
+    _check_rank(op, "weight", weight, 2, "[N, K]")
+    _check_device(op, "weight", weight, x)
+    _check_size(op, "x", x, -1, weight.shape[1], "K of the weight")
+    for name, scale in (("weight_scale", weight_scale), ("input_scale", input_scale)):
+        if scale is None:
+            continue
+        _check_dtype(op, name, scale, (torch.float32,))
+        _check_device(op, name, scale, x)
+        if scale.dim() > 1 or scale.numel() != 1:
+            raise _refusal(
+                op, name, "is not one number", f"shape {tuple(scale.shape)}", "shape [] or [1]", "reshape it"
+            )
+    _check_bias(op, bias, weight.shape[0], "N of the weight", x)
+
+
+def _check_bias(op: str, bias: torch.Tensor | None, n: int | torch.SymInt, of: str, x: torch.Tensor) -> None:
+    if bias is not None:
+        _check_dtype(op, "bias", bias, _FLOATS)
+        _check_rank(op, "bias", bias, 1, "[N]")
+        _check_size(op, "bias", bias, 0, n, of)
+        _check_device(op, "bias", bias, x)
+
+
 def _check_expert_rows(
     op: str,
     x: torch.Tensor,
@@ -127,6 +158,13 @@ def _check_expert_rows(
     _check_rank(op, "x", x, 2, "[S, K]")
     _check_weight(op, "", 3, x, codes, scale, global_scale, layout)
     _check_size(op, "x", x, 1, codes.shape[-1] * 2, "K of the codes")
+
+
+def _check_activation(op: str, activation: str, known: tuple[str, ...], do: str) -> None:
+    if activation not in known:
+        raise ArgumentError(
+            f"fp4pass::{op}: unknown activation", seen=repr(activation), expected=f"one of {', '.join(known)}", do=do
+        )
 
 
 def _check_x(op: str, name: str, x: torch.Tensor) -> None:
@@ -190,10 +228,13 @@ def _check_global(op: str, name: str, global_scale: torch.Tensor, codes: torch.T
 
 def _check_dtype(op: str, name: str, operand: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if operand.dtype not in allowed:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        seen = str(operand.dtype).removeprefix("torch.")
+        seen, expected = _names((operand.dtype,)), _names(allowed)
         do = "view it as uint8" if allowed == (torch.uint8,) else f"convert it with .to(torch.{expected.split()[0]})"
         raise _refusal(op, name, "has the wrong dtype", seen, expected, do)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_rank(op: str, name: str, operand: torch.Tensor, rank: int, form: str) -> None:

@@ -198,7 +198,7 @@ def stream_product(
 
 @gluon.jit
 def activate(acc, ACTIVATION: gl.constexpr):
-    """The activation between the products of experts; not homogeneous, so it comes after the global scale."""
+    """The activation of a sum; not homogeneous, so it comes after the global scale."""
     if ACTIVATION == "relu2":
         acc = gl.where(acc < 0.0, 0.0, acc)  # which keeps NaN
         acc = acc * acc
@@ -235,6 +235,7 @@ def linear_kernel(
     N,
     stride_xm,
     K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -251,25 +252,14 @@ def linear_kernel(
         factor = factor * gl.load(global_scale)
     # Rows past the end read the last one again; they are not stored.
     m = gl.minimum(first + gl.arange(0, BLOCK_M, layout=rows_layout(WARPS, BLOCK_M)), M - 1)
-    acc = stream_product(
-        x,
-        m.to(gl.int64) * stride_xm,
-        words,
-        scale,
-        row,
-        N // 16 - row,
-        K,
-        WARPS,
-        ROWS,
-        DEPTH,
-        BLOCK_M,
-        EARLY,
-    )
+    x_rows = m.to(gl.int64) * stride_xm
+    acc = stream_product(x, x_rows, words, scale, row, N // 16 - row, K, WARPS, ROWS, DEPTH, BLOCK_M, EARLY)
     acc = acc * factor
     n = row * 16 + gl.arange(0, 16 * ROWS, layout=gl.SliceLayout(1, sums_layout(WARPS)))
     m = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, sums_layout(WARPS)))
     if bias is not None:
         acc += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    acc = activate(acc, ACTIVATION)
     gl.store(
         out + m.to(gl.int64)[None, :] * N + n[:, None],
         acc.to(out.dtype.element_ty),
@@ -338,8 +328,15 @@ def experts_kernel(
     )
 
 
-def linear(rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, launch: FewRows) -> None:
-    """``out [M, N]`` = rows ``[M, K]`` @ weight.T + bias, for a weight in ``fragments`` and 16-bit rows."""
+def linear(
+    rows: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    launch: FewRows,
+) -> None:
+    """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
     n = out.shape[1]
     linear_kernel[(triton.cdiv(n // 16, launch.rows), triton.cdiv(m, launch.block_m))](
@@ -353,6 +350,7 @@ def linear(rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: t
         n,
         rows.stride(0),
         K=k,
+        ACTIVATION=activation,
         EARLY=launch.early,
         launch_pdl=launch.early,
         **launch.constants,

@@ -12,7 +12,8 @@ from . import few_rows, many_rows
 from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
 from .operands import Weight, launch_for, rows_of, words_of
-from .tile import product_tile, times_global
+from .reference import NO_ACTIVATION
+from .tile import activate, product_tile, times_global
 
 # From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
 REORDER_FROM = 17
@@ -31,6 +32,7 @@ def linear_kernel(
     stride_xm,
     K: tl.constexpr,
     SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LAYOUT: tl.constexpr,
     ASM: tl.constexpr,
     X_IN_DOT_ORDER: tl.constexpr,
@@ -53,6 +55,7 @@ def linear_kernel(
         acc = times_global(acc, global_scale, ASM)
         if bias is not None:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
         tl.store(target_rows, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -65,10 +68,11 @@ def sum_parts_kernel(
     M,
     N,
     SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out [M, N]``: the parts float32 ``[SPLITS, M, N]`` summed in order, then global scale and bias."""
+    """``out [M, N]``: the parts float32 ``[SPLITS, M, N]`` summed in order, then global scale, bias and activation."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -77,6 +81,7 @@ def sum_parts_kernel(
     acc = times_global(acc, global_scale, ASM)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    acc = activate(acc, ACTIVATION)
     tl.store(out + row * N + n, acc.to(out.dtype.element_ty), mask=n < N)
 
 
@@ -134,6 +139,8 @@ def linear(
     global_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     layout: str,
+    activation: str = NO_ACTIVATION,
+    out_dtype: torch.dtype | None = None,
     *,
     arch: Arch | None = None,
     asm: bool = True,
@@ -143,7 +150,7 @@ def linear(
     n = codes.shape[0]
     rows = rows_of(x)
     m = rows.shape[0]
-    out = x.new_empty((m, n))
+    out = x.new_empty((m, n), dtype=out_dtype)
     if out.numel() == 0:
         return out.view(*x.shape[:-1], n)
     asm = asm and x.dtype != torch.float32
@@ -151,16 +158,23 @@ def linear(
     bias = bias if bias is None else bias.contiguous()
     launch = launch_for(arch, m, x, weight, asm=asm)
     if isinstance(launch, FewRows):
-        few_rows.linear(rows, weight, bias, out, launch)
+        few_rows.linear(rows, weight, bias, out, activation, launch)
     elif isinstance(launch, ManyRows):
-        many_rows.linear(rows, weight, bias, out, launch)
+        many_rows.linear(rows, weight, bias, out, activation, launch)
     else:
-        _in_tiles(rows, weight, bias, out, arch, launch, asm)
+        _in_tiles(rows, weight, bias, out, activation, arch, launch, asm)
     return out.view(*x.shape[:-1], n)
 
 
 def _in_tiles(
-    rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, arch: Arch, tile: Tile, asm: bool
+    rows: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    arch: Arch,
+    tile: Tile,
+    asm: bool,
 ) -> None:
     """Any layout, any dtype, on every GPU."""
     m, k = rows.shape
@@ -184,6 +198,7 @@ def _in_tiles(
         rows.stride(0),
         K=k,
         SPLITS=splits,
+        ACTIVATION=activation if splits == 1 else NO_ACTIVATION,
         LAYOUT=weight.layout,
         ASM=asm,
         X_IN_DOT_ORDER=in_dot_order,
@@ -192,7 +207,17 @@ def _in_tiles(
     if splits > 1:
         block = 256
         sum_parts_kernel[(m, triton.cdiv(n, block))](
-            parts, weight.global_scale, bias, out, m, n, SPLITS=splits, ASM=asm, BLOCK=block, num_warps=4
+            parts,
+            weight.global_scale,
+            bias,
+            out,
+            m,
+            n,
+            SPLITS=splits,
+            ACTIVATION=activation,
+            ASM=asm,
+            BLOCK=block,
+            num_warps=4,
         )
 
 

@@ -143,7 +143,9 @@ def finish(acc, tile, tiles, plan, result, ACTIVATION: gl.constexpr):
         expert, first, end = rows_of_block(tile_m, plan, BM)
     if global_scale is not None:
         factor = factor * gl.load(global_scale + expert * global_stride)
-    acc = activate(acc * factor, ACTIVATION)
+    acc = acc * factor
+    if bias is None:
+        acc = activate(acc, ACTIVATION)
     n = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
     row = first + gl.arange(0, BM, layout=gl.SliceLayout(1, LAYOUT))
     live = row < end
@@ -152,7 +154,7 @@ def finish(acc, tile, tiles, plan, result, ACTIVATION: gl.constexpr):
     else:
         value = gl.convert_layout(acc, LAYOUT)
         if bias is not None:
-            value += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[None, :]
+            value = activate(value + gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[None, :], ACTIVATION)
         if weights is not None:
             row = gl.load(order + row, mask=live, other=0).to(gl.int32)
             value = value * gl.load(weights + row, mask=live, other=0.0).to(gl.float32)[:, None]
@@ -271,11 +273,18 @@ def product_kernel(
     )
 
 
-def linear(rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, launch: ManyRows) -> None:
-    """``out [M, N]`` = rows ``[M, K]`` @ weight.T + bias, for a weight in ``fragments`` and 16-bit rows."""
+def linear(
+    rows: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    launch: ManyRows,
+) -> None:
+    """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(out.shape[1], launch.block_n)
-    _launch(rows, weight, bias, None, out, None, "none", launch, tiles * (k // 64) // _FEWEST_STEPS)
+    _launch(rows, weight, bias, None, out, None, activation, launch, tiles * (k // 64) // _FEWEST_STEPS)
 
 
 def expert_product(

@@ -22,7 +22,7 @@ from .decode import natural_position, to_dot_order
 from .operands import Schedule, Weight, launch_for, rows_of
 from .reference import expert_of_row
 from .schedule import schedule
-from .tile import product_tile, times_global
+from .tile import activate, product_tile, times_global
 
 # The second products of all slots before their sum. More tokens run in parts, each of which reads the weights again.
 # With what the products before it hold this stays below 1 GB at Nano's widths.
@@ -87,15 +87,7 @@ def expert_product_kernel(
     acc = product_tile(x_rows, live, words, scale, n, N, 0, 1, K, BLOCK_K, LAYOUT, ASM, X_IN_DOT_ORDER)
     if global_scale is not None:
         global_scale += expert * global_stride
-    acc = times_global(acc, global_scale, ASM)
-    # relu2 and silu are not homogeneous: they come after the global scale.
-    if ACTIVATION == "relu2":
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        acc = acc * acc
-    elif ACTIVATION == "silu":
-        acc = acc * tl.sigmoid(acc)
-    else:
-        tl.static_assert(ACTIVATION == "none", "unknown activation")
+    acc = activate(times_global(acc, global_scale, ASM), ACTIVATION)
     if weights is not None:
         acc = acc * tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[None, :]
     if OUT_IN_DOT_ORDER:

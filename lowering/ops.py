@@ -1,7 +1,7 @@
 """The ops ``torch.ops.fp4pass.*``: schemas, fake functions, implementations by device, gradients.
 
 ========================  ======================================================================
-``linear``                ``x @ weight.T + bias``; x ``[..., K]`` -> ``[..., N]``
+``linear``                ``activation(x @ weight.T + bias)``; x ``[..., K]`` -> ``[..., N]``
 ``linear_backward``       ``grad @ weight``; grad ``[..., N]`` -> ``[..., K]``
 ``gathered_linear``       one expert a row by its id; x ``[S, K]`` -> ``[S, N]``
 ``grouped_linear``        rows sorted by expert, with cumulative ends; x ``[S, K]`` -> ``[S, N]``
@@ -10,7 +10,8 @@
 
 A weight is ``e2m1(codes) * e4m3(scale) * global_scale``: codes uint8 ``[..., N, K/2]`` in ``layout``, scale uint8
 ``[..., N, K/16]`` (the bytes of E4M3), global_scale float32 ``[]``, ``[1]`` or one an expert, or None. Activations are
-bfloat16, float16 or float32; the result has their dtype. Every op raises ArgumentError for operands that do not fit.
+bfloat16, float16 or float32; the result has their dtype, but that of ``linear`` has ``out_dtype`` where one is given.
+Every op raises ArgumentError for operands that do not fit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from . import checks, reference
 NAMESPACE = "fp4pass"
 
 _SCHEMAS = {
-    "linear": "(Tensor x, Tensor codes, Tensor scale, Tensor? global_scale, Tensor? bias, str layout) -> Tensor",
+    "linear": (
+        "(Tensor x, Tensor codes, Tensor scale, Tensor? global_scale, Tensor? bias, str layout,"
+        " str activation='none', ScalarType? out_dtype=None) -> Tensor"
+    ),
     "linear_backward": "(Tensor grad, Tensor codes, Tensor scale, Tensor? global_scale, str layout) -> Tensor",
     "gathered_linear": (
         "(Tensor x, Tensor codes, Tensor scale, Tensor? global_scale, Tensor ids, str layout) -> Tensor"
@@ -68,7 +72,8 @@ def _fake(op: str, args: tuple[Any, ...]) -> torch.Tensor:
         "grouped_linear": lambda: args[1].shape[1],
         "experts": lambda: args[6].shape[1],
     }[op]()
-    return x.new_empty((*x.shape[:-1], columns))
+    out_dtype = args[7] if op == "linear" and len(args) > 7 else None
+    return x.new_empty((*x.shape[:-1], columns), dtype=out_dtype)
 
 
 def _on_cpu(op: str, args: tuple[Any, ...]) -> torch.Tensor:
@@ -100,9 +105,26 @@ def _kernels(op: str) -> ModuleType:
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, codes, scale, global_scale = inputs[:4]
-    ctx.save_for_backward(codes, scale, global_scale)
-    ctx.layout = inputs[-1]
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _save_weight(ctx, inputs, output)
+    x, bias, ctx.layout, activation = inputs[0], *inputs[4:7]
+    ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    if activation != reference.NO_ACTIVATION:
+        raise GradientError(
+            "fp4pass::linear: a product with an activation inside has no backward",
+            seen=f"activation={activation!r}, gradients enabled and an operand with requires_grad=True",
+            expected="the activation as an operation of its own, which keeps what its backward needs",
+            do="call the op without activation and apply that to its result, or run under torch.no_grad()",
+        )
+
+
+def _save_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _save_weight(ctx, inputs, output)
+    ctx.layout = inputs[4]
 
 
 def _linear_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -110,10 +132,11 @@ def _linear_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None
     codes, scale, global_scale = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.fp4pass.linear_backward(grad, codes, scale, global_scale, ctx.layout)
+        rows = grad.to(ctx.x_dtype)
+        to_x = torch.ops.fp4pass.linear_backward(rows, codes, scale, global_scale, ctx.layout)
     if ctx.needs_input_grad[4]:
-        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return to_x, None, None, None, to_bias, None
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return to_x, None, None, None, to_bias, None, None, None
 
 
 def _linear_backward_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -149,9 +172,9 @@ def _register(op: str) -> None:
     torch.library.impl(name, "CUDA", lambda *args: _on_cuda(op, args))
     torch.library.register_fake(name, lambda *args: _fake(op, args))
     if op == "linear":
-        torch.library.register_autograd(name, _linear_gradients, setup_context=_save_weight)
+        torch.library.register_autograd(name, _linear_gradients, setup_context=_save_linear)
     elif op == "linear_backward":
-        torch.library.register_autograd(name, _linear_backward_gradients, setup_context=_save_weight)
+        torch.library.register_autograd(name, _linear_backward_gradients, setup_context=_save_linear_backward)
     else:
         torch.library.register_autograd(
             name, lambda ctx, grad: _refuse_gradient(op), setup_context=lambda ctx, inputs, output: _refuse_gradient(op)

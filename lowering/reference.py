@@ -27,7 +27,10 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu2": relu2, "silu": functional.silu}
-"""Activations that ``experts`` fuses between its two products, by name."""
+"""Activations that ``experts`` fuses between its two products and ``linear`` into its one, by name."""
+
+NO_ACTIVATION = "none"
+"""The name that stands for none of them."""
 
 
 def decode_codes(codes: torch.Tensor, layout: str = PLAIN, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -79,15 +82,23 @@ def linear(
     global_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     layout: str,
+    activation: str = NO_ACTIVATION,
+    out_dtype: torch.dtype | None = None,
     accumulate: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``: x ``[..., K]``, codes uint8 ``[N, K/2]``, bias ``[N]`` -> ``[..., N]`` in x's dtype."""
+    """``activation(x @ weight.T + bias)``: x ``[..., K]``, codes uint8 ``[N, K/2]``, bias ``[N]`` -> ``[..., N]``.
+
+    Global scale, bias and activation apply to the sum as ``accumulate`` has it; one cast to ``out_dtype`` (None: x's
+    dtype) follows.
+    """
     # Contiguous, because the order of a sum in a matrix library may depend on strides.
     total = _product(x.to(accumulate).contiguous(), codes, scale, layout)
     total = _times_global(total, global_scale)
     if bias is not None:
         total = total + bias.to(accumulate)
-    return total.to(x.dtype)
+    if activation != NO_ACTIVATION:
+        total = ACTIVATIONS[activation](total)
+    return total.to(out_dtype or x.dtype)
 
 
 def linear_backward(
@@ -121,7 +132,7 @@ def gathered_linear(
     out = x.new_zeros((x.shape[0], codes.shape[1]))
     for expert, rows in _rows_by_expert(ids, codes.shape[0]):
         out[rows] = linear(
-            x[rows], codes[expert], scale[expert], _of_expert(global_scale, expert), None, layout, accumulate
+            x[rows], codes[expert], scale[expert], _of_expert(global_scale, expert), None, layout, accumulate=accumulate
         )
     return out
 

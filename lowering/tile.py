@@ -78,3 +78,19 @@ def times_global(acc, global_scale, ASM: tl.constexpr):
     if global_scale is not None:
         factor = factor * tl.load(global_scale)
     return acc * factor
+
+
+@triton.jit
+def activate(acc, ACTIVATION: tl.constexpr):
+    """The activation that ``ACTIVATION`` names, of a sum in float32; not homogeneous, it comes after the global scale.
+
+    NaN stays NaN.
+    """
+    if ACTIVATION == "relu2":
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = acc * acc
+    elif ACTIVATION == "silu":
+        acc = acc * tl.sigmoid(acc)
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+    return acc

@@ -38,12 +38,13 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
 
 
 def compile_linear(arch: Arch, dtype: torch.dtype, tile: Tile, *, layout: str, splits: int = 1) -> Any:
-    """``linear_kernel`` with a bias, or without one and with split sums; x in the order that it has for ``tile``."""
+    """``linear_kernel`` with bias and relu2, or one part of a split sum; x in the order that it has for ``tile``."""
     types = _WEIGHT | {"x": POINTER[dtype], "M": "i32", "N": "i32", "stride_xm": "i32"}
     types["out"] = POINTER[dtype] if splits == 1 else "*fp32"
     if splits == 1:
         types["bias"] = POINTER[dtype]
     constants = {"K": 2688, "SPLITS": splits} | _form(dtype, layout, tile)
+    constants["ACTIVATION"] = "relu2" if splits == 1 else "none"
     constants["X_IN_DOT_ORDER"] = constants["ASM"] and tile.block_m >= linear.REORDER_FROM
     return compile_kernel(linear.linear_kernel, types, constants, arch, tile)
 

@@ -46,14 +46,15 @@ def compile_gluon(
 def compile_linear(
     arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, *, k: int = HIDDEN, plain: bool = False
 ) -> Any:
-    """The dense product over ``k`` columns, with global scale and bias unless ``plain``."""
+    """The dense product over ``k`` columns, with global scale, bias and relu2 unless ``plain``."""
     types = {"out": POINTER[dtype], "M": "i32", "N": "i32"}
+    activation = "none" if plain else "relu2"
     if not plain:
         types |= {"global_scale": "*fp32", "bias": POINTER[dtype]}
     if isinstance(launch, FewRows):
-        constants = {"K": k, "EARLY": launch.early}
+        constants = {"K": k, "EARLY": launch.early, "ACTIVATION": activation}
         return compile_gluon(few_rows.linear_kernel, types | _few_operands(dtype), constants, arch, launch)
-    constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": "none"}
+    constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": activation}
     return compile_gluon(many_rows.product_kernel, types | _many_operands(dtype, launch), constants, arch, launch)
 
 

@@ -158,12 +158,27 @@ def test_linear_meets_the_oracle_on_ragged_shapes(m, n, k, dtype, form):
     operands = weight(n, k)
     x, bias = activations(m, k, dtype=dtype), activations(n, dtype=dtype, seed=5)
     result = linear.linear(x, *operands, bias, layout.PLAIN, **form)
-    exact = reference.linear(x, *operands, bias, layout.PLAIN, torch.float64)
+    exact = reference.linear(x, *operands, bias, layout.PLAIN, accumulate=torch.float64)
     assert result.shape == (m, n) and relative_error(result, exact) < TOLERANCE[dtype]
     grad = activations(m, n, dtype=dtype, seed=6)
     back = linear.linear_backward(grad, *operands, layout.PLAIN, **form)
     exact = reference.linear_backward(grad, *operands, layout.PLAIN, torch.float64)
     assert back.shape == (m, k) and relative_error(back, exact) < TOLERANCE[dtype]
+
+
+@EACH_FORM
+@pytest.mark.parametrize("activation", tuple(reference.ACTIVATIONS))
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 80, 1040), (33, 80, 336)], ids=("in-parts", "at-once"))
+def test_activation_and_cast_follow_the_bias(m, n, k, activation, dtype, form):
+    operands, x, bias = weight(n, k), activations(m, k, dtype=dtype), activations(n, dtype=dtype, seed=5)
+    x[0, 0] = torch.nan
+    result = linear.linear(x, *operands, bias, layout.PLAIN, activation, torch.float32, **form)
+    exact = reference.linear(x.double(), *operands, bias, layout.PLAIN, activation, accumulate=torch.float64)
+    assert result.dtype == torch.float32 and result[0].isnan().all()
+    # What is not rounded to 16 bits is as near as sums in float32 are, or products in float16 times 2^7.
+    assert relative_error(result[1:], exact[1:]) < 2e-6
+    rounded = linear.linear(x, *operands, bias, layout.PLAIN, activation, **form)
+    assert torch.equal(rounded[1:], result[1:].to(dtype))
 
 
 def test_strides_and_ranks_of_x():

@@ -48,6 +48,22 @@ def test_linear_of_any_rank_meets_the_oracle(shape, dtype):
     assert relative_error(result, exact) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("out_dtype", (None, *DTYPES))
+@pytest.mark.parametrize("activation", ("none", *reference.ACTIVATIONS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_and_cast_come_last_in_linear(dtype, activation, out_dtype):
+    operands, x = weight(48, 80), activations(100, 80, dtype=dtype)
+    bias = activations(48, dtype=dtype, seed=9)
+    result = fp4pass.linear(x, *operands, bias, layout.PLAIN, activation, out_dtype)
+    exact = x.double() @ reference.dequantize(*operands, torch.float64).mT + bias.double()
+    if activation == "relu2":
+        exact = exact.clamp_min(0) ** 2
+    elif activation == "silu":
+        exact = exact * exact.sigmoid()
+    assert result.dtype == (out_dtype or dtype)
+    assert relative_error(result, exact) < TOLERANCE[result.dtype]
+
+
 def test_strided_activations_give_the_same_result():
     codes, scale, global_scale = weight(32, 48)
     x = activations(48, 10).mT
@@ -106,6 +122,21 @@ def test_linear_gives_gradients_to_x_and_bias_and_saves_no_dense_weight():
     assert relative_error(bias.grad, grad.double().sum((0, 1))) < 1e-6
 
 
+def test_gradients_pass_through_another_dtype_of_the_result_and_through_no_activation():
+    operands = weight(48, 80)
+    x, bias = activations(3, 80, dtype=torch.bfloat16).requires_grad_(), activations(48).requires_grad_()
+    fp4pass.linear(x, *operands, bias, layout.PLAIN, out_dtype=torch.float32).backward(
+        grad := activations(3, 48, seed=5)
+    )
+    exact = grad.double() @ reference.dequantize(*operands, torch.float64)
+    assert x.grad.dtype == torch.bfloat16 and relative_error(x.grad, exact) < 2**-8
+    assert bias.grad.dtype == torch.float32 and relative_error(bias.grad, grad.double().sum(0)) < 1e-6
+    with pytest.raises(GradientError, match="activation inside"):
+        fp4pass.linear(x, *operands, bias, layout.PLAIN, "relu2")
+    with torch.no_grad():
+        assert not fp4pass.linear(x, *operands, bias, layout.PLAIN, "relu2").requires_grad
+
+
 def test_linear_can_be_differentiated_twice():
     codes, scale, global_scale = weight(32, 48)
     x = activations(2, 48).requires_grad_()
@@ -138,7 +169,9 @@ def test_opcheck_of_linear_and_its_backward(rows, dtype):
     codes, scale, global_scale = weight(48, 80)
     x, bias = activations(rows, 80, dtype=dtype).requires_grad_(), activations(48, dtype=dtype).requires_grad_()
     torch.library.opcheck(fp4pass.linear.default, (x, codes, scale, global_scale, bias, layout.PLAIN))
-    torch.library.opcheck(fp4pass.linear.default, (x.detach(), codes, scale, None, None, layout.INTERLEAVED))
+    inference = (x.detach(), codes, scale, None, None, layout.INTERLEAVED)
+    torch.library.opcheck(fp4pass.linear.default, inference)
+    torch.library.opcheck(fp4pass.linear.default, (*inference, "relu2", torch.float32))
     grad = activations(rows, 48, dtype=dtype).requires_grad_()
     torch.library.opcheck(fp4pass.linear_backward.default, (grad, codes, scale, global_scale, layout.PLAIN))
 
@@ -171,7 +204,7 @@ def test_rows_stay_symbolic_under_dynamic_compilation():
 def linear_arguments(**changes):
     codes, scale, global_scale = weight(48, 80)
     base = {"x": activations(3, 80), "codes": codes, "scale": scale, "global_scale": global_scale}
-    return (base | {"bias": None, "layout": layout.PLAIN} | changes).values()
+    return (base | {"bias": None, "layout": layout.PLAIN, "activation": "none", "out_dtype": None} | changes).values()
 
 
 @pytest.mark.parametrize(
@@ -191,6 +224,8 @@ def linear_arguments(**changes):
         ({"global_scale": torch.ones((), dtype=torch.float64)}, "global_scale has the wrong dtype"),
         ({"bias": torch.zeros(80)}, "bias has the wrong size"),
         ({"layout": "tiled"}, "unknown layout"),
+        ({"activation": "gelu"}, "unknown activation"),
+        ({"out_dtype": torch.float64}, "out_dtype is no dtype of a result"),
         ({"layout": "fragments"}, "units of 16 rows by 64 columns"),
     ],
 )

@@ -76,12 +76,12 @@ def test_global_scale_forms_agree():
 def test_pieces_change_nothing(order, k, rows_at_once, pieces, monkeypatch):
     arguments = codes, *_ = weight(112, k, order=order)
     x, grad = activations(5, k), activations(5, 112)
-    whole = reference.linear(x, *arguments, None, order, torch.float64)
-    whole_backward = reference.linear_backward(grad, *arguments, order, torch.float64)
+    whole = reference.linear(x, *arguments, None, order, accumulate=torch.float64)
+    whole_backward = reference.linear_backward(grad, *arguments, order, accumulate=torch.float64)
     monkeypatch.setattr(reference, "_PIECE_BYTES", 8 * 4 * k * rows_at_once)
     assert len(list(reference._pieces(codes, torch.float64))) == pieces
-    assert torch.equal(reference.linear(x, *arguments, None, order, torch.float64), whole)
-    pieces = reference.linear_backward(grad, *arguments, order, torch.float64)
+    assert torch.equal(reference.linear(x, *arguments, None, order, accumulate=torch.float64), whole)
+    pieces = reference.linear_backward(grad, *arguments, order, accumulate=torch.float64)
     assert relative_error(pieces, whole_backward) < 1e-6
 
 
