@@ -162,8 +162,7 @@ def _announce(report: Report, options: Options) -> None:
 
 def _refuse_lost_activations(report: Report) -> None:
     """Raise ActivationError for an FP4 or FP8 activation that is left: below SM100 it would fail, or come out wrong."""
-    reasons = Reason.FP4_ACTIVATION, Reason.FP4_CONSUMER, Reason.FP8_ACTIVATION
-    lost = [e for e in report.refused if e.reason.startswith(tuple(reason.sentence for reason in reasons))]
+    lost = [entry for entry in report.refused if entry.lost]
     if lost:
         first = lost[0]
         raise ActivationError(

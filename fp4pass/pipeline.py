@@ -20,11 +20,13 @@ from fp4pass.inputs import CallInputs, GraphInputs
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import Options
 from fp4pass.passes.experts import rewrite_experts
+from fp4pass.passes.fp8 import rewrite_fp8
 from fp4pass.passes.linear import rewrite_linear
 from fp4pass.passes.lookup import rewrite_lookup
 from fp4pass.passes.moe import rewrite_moe
 from fp4pass.passes.rewriter import Rewriter, alike
-from fp4pass.passes.unfuse import unfuse
+from fp4pass.passes.undo import undone_if_it_raises
+from fp4pass.passes.unfuse import refuse_products, unfuse
 from fp4pass.report import Report
 from fp4pass.target import Target
 
@@ -44,6 +46,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("unfuse", unfuse, "first: the others look at plain products only"),
     Pass("linear", rewrite_linear, "single matrices, which no later pass looks at"),
     Pass("lookup", rewrite_lookup, "anywhere: rows of tables, which no other pass looks at"),
+    Pass("fp8", rewrite_fp8, "anywhere: 8-bit weights, which no other pass looks at"),
     Pass("moe", rewrite_moe, "before their products are taken one by one: a block is only seen whole"),
     Pass("experts", rewrite_experts, "last: what no whole block took"),
 )
@@ -65,13 +68,19 @@ class Fp4Pass(_torch.CustomGraphPass):
         """Rewrite ``graph`` in place and leave the outcome in ``report``."""
         for other in self._before:
             other(graph)
-        rewriter = Rewriter(graph, GraphInputs(self._call), self._target.lowering, self._options.activations)
+        check = check_metadata if self._options.check else lambda graph: None
+        inputs = GraphInputs(self._call)
+        rewriter = Rewriter(graph, inputs, self._target.lowering, self._options.activations, check)
         served = self._target.refusal is None
+        failures = {each.name: why for each in PASSES if served and (why := self._run(each, rewriter))}
         if not served:
-            self._refuse_rest(rewriter, Refusal(self._target.refusal, self._target.name))
-        failures = [name for each in PASSES if served and (name := self._run(each, rewriter))]
-        left = Refusal(Reason.FAILED, "; ".join(failures)) if failures else Refusal(Reason.DISABLED)
-        self._refuse_rest(rewriter, left)
+            left = Refusal(self._target.refusal, self._target.name)
+        else:
+            left = Refusal(Reason.FAILED, "; ".join(failures.values())) if failures else Refusal(Reason.DISABLED)
+        if not served or "unfuse" in (*failures, *self._options.disable):
+            refuse_products(rewriter, left)
+        for product in [*rewriter.products, *rewriter.take_eight_bit()]:
+            rewriter.refuse(product, left)
         graph.eliminate_dead_code()
         graph.lint()
         self.report = Report(tuple(rewriter.rewritten), tuple(rewriter.refused), self._target.name)
@@ -86,21 +95,19 @@ class Fp4Pass(_torch.CustomGraphPass):
         return ("fp4pass", sources_digest(), repr(self._options), repr(self._target), self._call.digest(), *others)
 
     def _run(self, each: Pass, rewriter: Rewriter) -> str:
-        """Run one pass; what went wrong if it failed. The graph is whole in any case: see `Rewriter`."""
+        """Run one pass; what went wrong if it failed, and then the graph is as it was before the pass."""
         if each.name in self._options.disable:
             return ""
         try:
-            each.run(rewriter)
+            with undone_if_it_raises(rewriter):
+                each.run(rewriter)
+        except MetadataError:
+            raise
         except Exception as error:  # a failure of ours must not take the user's model down
             log.exception("pass %s failed", each.name)
             return f"pass {each.name}: {type(error).__name__}: {error}"
-        if self._options.check:
-            check_metadata(rewriter.graph)
+        rewriter.check(rewriter.graph)
         return ""
-
-    def _refuse_rest(self, rewriter: Rewriter, refusal: Refusal) -> None:
-        for product in list(rewriter.products):
-            rewriter.refuse(product, refusal)
 
 
 def _refuse_saved_weights(report: Report) -> None:
@@ -123,11 +130,15 @@ def experts_without_backward(seen: str) -> GradientError:
     )
 
 
+class MetadataError(AssertionError):
+    """A rule has left a node whose metadata does not hold."""
+
+
 def check_metadata(graph: fx.Graph) -> None:
     """Compute every node's fake result again and compare it with the recorded one (shape, dtype).
 
     Raises:
-        AssertionError: a pass has left a node whose metadata does not hold.
+        MetadataError: they differ.
     """
     for node in graph.nodes:
         recorded = node.meta.get("val")
@@ -136,9 +147,7 @@ def check_metadata(graph: fx.Graph) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         found = node.target(*args, **kwargs)
         if not alike(found, recorded):
-            raise AssertionError(
-                f"{node} gives {found.dtype} {found.shape}, recorded {recorded.dtype} {recorded.shape}"
-            )
+            raise MetadataError(f"{node} gives {found.dtype} {found.shape}, recorded {recorded.dtype} {recorded.shape}")
 
 
 @functools.cache

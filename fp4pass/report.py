@@ -25,7 +25,8 @@ class Entry:
     module: its name in the model, "" where it is not known. op: what it is now, or the product that was left.
     n, k: rows and columns of the weight (of the first product for a block of experts); experts: their number, 0 for a
     single matrix. source: the convention in which the weight is written. lowering: what computes it now. reason,
-    remedy: why it was left, and what to do. inputs: positions of its codes among the compiled call's inputs.
+    remedy: why it was left, and what to do. inputs: positions of its codes among the compiled call's inputs. lost: it
+    was left with an activation in FP4 or FP8 that nothing else on this GPU can read.
     """
 
     module: str
@@ -38,6 +39,8 @@ class Entry:
     reason: str = ""
     remedy: str = ""
     inputs: tuple[int, ...] = ()
+    epilogue: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Report:
             {
                 "module": name,
                 "layers": str(count),
-                "now": e.op,
+                "now": f"{e.op} + {e.epilogue}" if e.epilogue else e.op,
                 "weight": _shape(e),
                 "lowering": e.lowering,
                 "source": e.source,

@@ -47,6 +47,8 @@ OPAQUE_PRODUCTS = frozenset(
         "auto_deploy::torch_quant_nvfp4_linear",
         "auto_deploy::torch_quant_nvfp4_moe",
         "auto_deploy::trtllm_nvfp4_gemm",
+        "auto_deploy::trtllm_nvfp4_prequant_linear",
+        "auto_deploy::trtllm_nvfp4_trtllm_gen_moe_fused",
         "auto_deploy::trtllm_quant_nvfp4_moe_fused",
         "trtllm::fp4_gemm",
         "trtllm::nvfp4_gemm",

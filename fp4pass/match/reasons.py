@@ -18,8 +18,8 @@ class Reason(Enum):
         "use the grouped_mm or batched_mm experts of transformers",
     )
     EIGHT_BIT = (
-        "the weight has one byte an element, not two codes a byte",
-        "only 4-bit NVFP4 weights are rewritten; 8-bit ones run as they are",
+        "the weight has one byte an element, not two codes a byte, and is not E4M3 with one scale",
+        "8-bit weights are rewritten as E4M3 bytes times one float; others run as they are",
     )
     GROUPS = (
         "the block scales are not constant over 16 neighbouring elements of a row",
@@ -72,6 +72,10 @@ class Reason(Enum):
     NO_SCALES = (
         "no block scales were found beside the codes",
         "NVFP4 needs an E4M3 scale for every 16 elements",
+    )
+    NO_TWIN = (
+        "the operation has no plain form",
+        "build the model without this operation, so that it gives or takes bfloat16",
     )
     NOT_E2M1 = (
         "the codes do not decode to E2M1 values",

@@ -31,21 +31,40 @@ class Rewriter:
 
     A rewrite first emits nodes and only then, as its last step, moves the uses of the old node over. If anything
     fails before that the graph still computes what it did, and the product is refused with the failure as its reason.
+    ``check`` is called with the graph after each rule of a pass that has several.
     """
 
-    def __init__(self, graph: fx.Graph, inputs: GraphInputs, lowering: str, activations: str = "bf16") -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: GraphInputs,
+        lowering: str,
+        activations: str = "bf16",
+        check: Callable[[fx.Graph], None] = lambda graph: None,
+    ) -> None:
         self.graph, self.inputs, self.lowering, self.activations = graph, inputs, lowering, activations
+        self.check = check
         self.rewritten: list[Entry] = []
         self.refused: list[Entry] = []
+        self._eight_bit: list[Product] = []
         self._at: fx.Node | None = None
         self._moved: dict[fx.Node, fx.Node] = {}
 
     @functools.cached_property
     def products(self) -> list[Product]:
         """The proven products that no pass has taken yet. Looked for when first asked for, after un-fusing."""
+        self.graph.eliminate_dead_code()
         found = find_products(self.graph, self.inputs)
-        self.refused += [self._refusal(p, p.weight) for p in found if isinstance(p.weight, Refusal)]
+        refused = [p for p in found if isinstance(p.weight, Refusal)]
+        self._eight_bit = [p for p in refused if p.weight.reason is Reason.EIGHT_BIT]
+        self.refused += [self._refusal(p, p.weight) for p in refused if p not in self._eight_bit]
         return [p for p in found if isinstance(p.weight, Weight)]
+
+    def take_eight_bit(self) -> list[Product]:
+        """The products with one byte a weight that are not handled yet; who takes them replaces or refuses each."""
+        _ = self.products
+        taken, self._eight_bit = self._eight_bit, []
+        return taken
 
     def call(self, target: Callable[..., Any], *args: Any, **named: Any) -> fx.Node:
         """Emit a call before the node that is being replaced, with its fake result. Nodes replaced before stand for
@@ -65,8 +84,13 @@ class Rewriter:
             node = self._moved[node]
         return node
 
-    def replace(self, products: Sequence[Product], at: fx.Node, op: str, build: Callable[[], fx.Node]) -> bool:
-        """Put what ``build`` emits in the place of ``at``, and record ``products`` as done. False if it failed."""
+    def replace(
+        self, products: Sequence[Product], at: fx.Node, op: str, build: Callable[[], fx.Node], source: str = ""
+    ) -> bool:
+        """Put what ``build`` emits in the place of ``at``, and record ``products`` as done. False if it failed.
+
+        source: how the weight is written, where that is no convention of NVFP4.
+        """
         self._at = at
         try:
             new = build()
@@ -78,7 +102,7 @@ class Rewriter:
             return False
         at.replace_all_uses_with(new)
         self._moved[at] = new
-        self.rewritten.append(self._entry(products, op))
+        self.rewritten.append(self._entry(products, op, source))
         log.debug("%s -> %s", at, op)
         self._drop(products)
         return True
@@ -123,7 +147,7 @@ class Rewriter:
         entry = self._entry([product], str(product.node.target))
         return replace(entry, lowering="", reason=str(refusal), remedy=refusal.reason.remedy)
 
-    def _entry(self, products: Sequence[Product], op: str) -> Entry:
+    def _entry(self, products: Sequence[Product], op: str, source: str = "") -> Entry:
         first = products[0]
         experts, n, k = first.sizes
         positions = (_torch.input_position(p.codes) for p in products)
@@ -133,7 +157,7 @@ class Rewriter:
             n=n,
             k=k,
             experts=experts or 0,
-            source=str(first.weight.convention) if isinstance(first.weight, Weight) else "",
+            source=str(first.weight.convention) if isinstance(first.weight, Weight) else source,
             lowering=self.lowering,
             inputs=tuple(p for p in positions if p is not None),
         )

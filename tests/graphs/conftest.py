@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp4pass.passes.unfuse.graph import ROWS
 from fp4pass.pipeline import Fp4Pass
 
 from .running import listing
-from .standins import IMPLEMENTATIONS, StandIns
+from .standins import StandIns
+from .vendors import IMPLEMENTATIONS, OTHERS
 
 
 @pytest.fixture
@@ -29,8 +31,10 @@ def passes(monkeypatch):
 def libraries():
     """Every operation of the tables under its own name, until the module's tests have run."""
     stand_ins = StandIns()
-    for name in IMPLEMENTATIONS:
-        stand_ins.row(name)
+    for name, stand_in in IMPLEMENTATIONS.items():
+        stand_ins.define(ROWS[name].schema, *stand_in)
+    for schema, stand_in in OTHERS.items():
+        stand_ins.define(schema, *stand_in)
     yield stand_ins
     stand_ins.close()
     # What was compiled with them.

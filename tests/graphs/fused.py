@@ -110,6 +110,44 @@ def auto_gated_norm(m: Layer, x: torch.Tensor, gate: torch.Tensor) -> torch.Tens
     return m.gemm(*fused(x, gate, m.gamma, m.factor, EPS, GROUP_COLUMNS))
 
 
+def auto_relu2(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return m.gemm(*ops.auto_deploy.trtllm_fused_relu2_quant_nvfp4(x, m.factor))
+
+
+RANKS = [0, 1]
+"""All-reduces of the stand-ins find the same on every rank."""
+QUANTIZED, QUANTIZED_WITH_NORM = 5, 7
+
+
+def all_reduce(op: str, *group: Any, fusion: int = QUANTIZED) -> Callable[..., Any]:
+    def run(m: Layer, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fused = getattr(ops.trtllm, op)
+        *normed, codes, scale, total = fused(
+            x, residual, m.gamma, m.factor, None, None, RANKS, *group, 3, fusion, EPS, False
+        )
+        return m.gemm(codes, scale), total, *normed
+
+    return run
+
+
+def dist(m: Layer, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    fused = ops.dist.trtllm_fused_allreduce_residual_rmsnorm_quant_nvfp4
+    codes, scale, total = fused(x, residual, m.gamma, m.factor, EPS, "AUTO")
+    return m.gemm(codes, scale), total
+
+
+def dist_with_norm(m: Layer, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    fused = ops.dist.trtllm_fused_allreduce_residual_rmsnorm_out_quant_nvfp4
+    normed, codes, scale, total = fused(x, residual, m.gamma, m.factor, EPS, "AUTO")
+    return m.gemm(codes, scale), total, normed
+
+
+def vllm_quantize_into(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    codes, scale = buffers(x)
+    ops._C.scaled_fp4_quant.out(x, m.factor, True, output=codes, output_scale=scale)
+    return m.gemm(codes, scale)
+
+
 def vllm_quantize(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return m.gemm(*ops._C.scaled_fp4_quant(x, m.factor, True))
 
@@ -136,13 +174,13 @@ def flashinfer_quantize(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Ten
 
 def flashinfer_norm(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     codes, scale = buffers(x)
-    ops.flashinfer.rmsnorm_fp4quant(x, m.gamma, codes, scale, 1 / m.factor, EPS)
+    ops.flashinfer.rmsnorm_fp4quant(x, m.gamma, codes, scale, m.factor, EPS)
     return m.gemm(codes, scale)
 
 
 def flashinfer_add_norm(m: Layer, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
     (codes, scale), residual = buffers(x), residual.clone()
-    ops.flashinfer.add_rmsnorm_fp4quant(x, residual, m.gamma, codes, scale, 1 / m.factor, EPS)
+    ops.flashinfer.add_rmsnorm_fp4quant(x, residual, m.gamma, codes, scale, m.factor, EPS)
     return m.gemm(codes, scale), residual
 
 
@@ -156,6 +194,10 @@ def _add_normed(m: Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tens
 
 def _gated(m: Layer, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return gated(x, gate, m.gamma, GROUP_COLUMNS, EPS)
+
+
+def _reduced(m: Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return norm(len(RANKS) * x + residual, m.gamma, EPS)
 
 
 def unquantized(m: Layer, x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -173,6 +215,12 @@ QUANTIZING: dict[str, tuple[Callable[..., Any], Callable[..., torch.Tensor]]] = 
     "auto_deploy::trtllm_rms_norm_quant_nvfp4": (auto_norm, _normed),
     "auto_deploy::trtllm_fused_add_rms_norm_quant_nvfp4": (auto_add_norm, _add_normed),
     "auto_deploy::trtllm_fused_gated_rmsnorm_quant_nvfp4": (auto_gated_norm, _gated),
+    "auto_deploy::trtllm_fused_relu2_quant_nvfp4": (auto_relu2, lambda m, x, _: relu_squared(x)),
+    "trtllm::allreduce": (all_reduce("allreduce"), _reduced),
+    "trtllm::autotuned_allreduce": (all_reduce("autotuned_allreduce", fusion=QUANTIZED_WITH_NORM), _reduced),
+    "trtllm::allreduce_pg_by_name": (all_reduce("allreduce_pg_by_name", 0, "a group"), _reduced),
+    "dist::trtllm_fused_allreduce_residual_rmsnorm_quant_nvfp4": (dist, _reduced),
+    "dist::trtllm_fused_allreduce_residual_rmsnorm_out_quant_nvfp4": (dist_with_norm, _reduced),
     "_C::scaled_fp4_quant": (vllm_quantize, unquantized),
     "_C::silu_and_mul_nvfp4_quant": (vllm_silu, lambda m, x, gate: silu_times(torch.cat((x, gate), -1))),
     "vllm::flashinfer_fused_add_rms_norm_nvfp4_quant": (vllm_add_norm, _add_normed),
@@ -209,6 +257,11 @@ def auto_gemm(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return ops.auto_deploy.trtllm_nvfp4_gemm(codes, m.codes, scale, m.scale, m.alpha)
 
 
+def auto_prequantized(m: Layer, x: torch.Tensor) -> torch.Tensor:
+    codes, scale = _quantized(m, x)
+    return ops.auto_deploy.trtllm_nvfp4_prequant_linear(codes, m.codes, scale, m.scale.flatten(), m.alpha, m.bias)
+
+
 def auto_linear(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return ops.auto_deploy.torch_quant_nvfp4_linear(x, m.codes, m.bias, m.factor, m.scale.flatten(), m.alpha)
 
@@ -242,6 +295,7 @@ LINEARS: dict[str, Callable[[Layer, torch.Tensor], torch.Tensor]] = {
     "trtllm::cuda_core_nvfp4_gemm": gemm("cuda_core_nvfp4_gemm"),
     "trtllm::fp4_gemm": fp4_gemm,
     "auto_deploy::trtllm_nvfp4_gemm": auto_gemm,
+    "auto_deploy::trtllm_nvfp4_prequant_linear": auto_prequantized,
     "auto_deploy::torch_quant_nvfp4_linear": auto_linear,
     "auto_deploy::torch_fake_quant_nvfp4_linear": auto_listed_linear,
     "_C::cutlass_scaled_fp4_mm": vllm_mm,

@@ -6,6 +6,7 @@ static scale. What cannot be traced is a refusal.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace as Arguments
@@ -14,16 +15,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp4pass.match.anchors import called_op
 from fp4pass.match.cone import value
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.passes.rewriter import ACTIVATION_DTYPES
 from fp4pass.passes.unfuse import twins
 from fp4pass.passes.unfuse.attention import plain_attention
-from fp4pass.passes.unfuse.calls import Call, pick
+from fp4pass.passes.unfuse.calls import Call
 from fp4pass.passes.unfuse.emit import emit
-from fp4pass.passes.unfuse.graph import ROWS, FusedGraph, variant
+from fp4pass.passes.unfuse.graph import FusedGraph
 from fp4pass.passes.unfuse.rows import CODES, SCALES, SUM, VALUE, Attention, Fp8Quantizer, Quantizer
-from fp4pass.passes.unfuse.written_out import Written, find_written_out
+from fp4pass.passes.unfuse.written_out import find_written_out
 
 aten = torch.ops.aten
 _VIEWS = {
@@ -35,6 +37,14 @@ _VIEWS = {
     aten.clone.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
+}
+_MOVES = _VIEWS | {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.constant_pad_nd.default,
 }
 _E4M3 = torch.float8_e4m3fn
 
@@ -59,24 +69,25 @@ class Activations:
         made = self._graph.made_by(unviewed(codes))
         if made is None:
             found = find_written_out(codes, scale, self._graph.rewriter.inputs)
-            return _of_written_out(found, at) if found is not None else Refusal(Reason.FP4_ACTIVATION, codes.name)
+            if found is None:
+                return Refusal(Reason.FP4_ACTIVATION, f"{codes.name}, {_maker(codes)}")
+            return Activation(found.source, found.factor(at))
         call, key = made
-        row = ROWS[call.name]
-        if not isinstance(row, (Quantizer, Attention)) or not _same_call(self._graph, call, scale):
+        if not isinstance(call.row, (Quantizer, Attention)) or not _same_call(self._graph, call, scale):
             return Refusal(Reason.FP4_ACTIVATION, f"codes and block scales of {codes.name} differ in origin")
         twin = self.twin(call)
         if isinstance(twin, Refusal):
             return twin
-        if _roles(row, call).get(key) != CODES:
-            return Refusal(Reason.FP4_ACTIVATION, codes.name)
+        if _roles(call).get(key) != CODES:
+            return Refusal(Reason.FP4_ACTIVATION, f"{codes.name} is another result of {call.row.name}")
         return Activation(self._graph.current(twin[VALUE]), self._graph.current(twin["factor"]))
 
     def twin(self, call: Call) -> dict[str, Any] | Refusal:
         """The plain results of a quantizing call, by what they are: VALUE, SUM, and the factor."""
         if call.node not in self._twins:
-            row = ROWS[call.name]
-            make = self._attention if isinstance(row, Attention) else self._quantizer
-            self._twins[call.node] = make(call, row)
+            variant = call.row.variant(call.arguments)
+            make = self._attention if isinstance(call.row, Attention) else self._quantizer
+            self._twins[call.node] = make(call) if not variant else variant_of(call, variant)
         return self._twins[call.node]
 
     def plain(self, node: fx.Node, at: fx.Node) -> fx.Node | Refusal:
@@ -84,67 +95,80 @@ class Activations:
         if value(node).dtype in ACTIVATION_DTYPES:
             return node
         if value(node).dtype != _E4M3:
-            return Refusal(Reason.FP8_ACTIVATION, f"{node.name}: {value(node).dtype}")
+            return Refusal(Reason.FP8_ACTIVATION, f"{node.name}: {value(node).dtype}, {_maker(node)}")
         made = self._graph.made_by(unviewed(node))
         if made is None:
             return _undone_cast(node, at)
         call, _ = made
-        row = ROWS[call.name]
-        if isinstance(row, Attention):
+        if isinstance(call.row, Attention):
             twin = self.twin(call)
             return twin if isinstance(twin, Refusal) else self._graph.current(twin[VALUE])
-        if not isinstance(row, Fp8Quantizer):
-            return Refusal(Reason.FP8_ACTIVATION, node.name)
-        source = pick(call.bound(row.argument_names), row.x)
-        if not (self._graph.emulate and row.scale):
+        if not isinstance(call.row, Fp8Quantizer):
+            return Refusal(Reason.FP8_ACTIVATION, f"{node.name}, {_maker(node)}")
+        source, scale = call.arguments[call.row.x], call.arguments.get(call.row.scale)
+        if not self._graph.emulate or scale is None:
             return source
-        dtype, scale = value(source).dtype, pick(call.bound(row.argument_names), row.scale)
+        if value(scale).numel() != 1:
+            return Refusal(Reason.FP8_ACTIVATION, f"{node.name} has {tuple(value(scale).shape)} scales, not one")
+        dtype = value(source).dtype
         return emit(at, lambda x, s: twins.from_fp8(x, s, dtype), node, scale)
 
-    def _quantizer(self, call: Call, row: Quantizer) -> dict[str, Any] | Refusal:
-        arguments = call.bound(row.argument_names)
-        refusal = variant(row, arguments)
-        if refusal is not None:
-            return refusal
+    def _quantizer(self, call: Call) -> dict[str, Any] | Refusal:
+        row, arguments = call.row, call.arguments
         for name in row.activations:
             if arguments[name] is not None:
                 plain = self.plain(arguments[name], call.node)
                 if isinstance(plain, Refusal):
                     return plain
                 arguments[name] = plain
-        factor = arguments[row.factor]
-        values, total = emit(call.node, lambda given: row.twin(Arguments(**given)), _tensors(arguments))
-        if factor is not None and row.divides:
-            factor = emit(call.node, torch.reciprocal, factor)
-        return {VALUE: values, SUM: total, "factor": factor}
+        values, total = emit(call.node, lambda given: row.twin(Arguments(**given)), _readable(arguments))
+        return {VALUE: values, SUM: total, "factor": arguments.get(row.factor)}
 
-    def _attention(self, call: Call, row: Attention) -> dict[str, Any] | Refusal:
-        found = plain_attention(call, row)
+    def _attention(self, call: Call) -> dict[str, Any] | Refusal:
+        found = plain_attention(call)
         if isinstance(found, Refusal):
             return found
-        return {VALUE: found, SUM: None, "factor": call.arguments[row.scale]}
+        return {VALUE: found, SUM: None, "factor": call.arguments[call.row.scale]}
 
 
-def _tensors(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a twin may read; buffers that the op only writes to are kept out by their dtype."""
+def variant_of(call: Call, seen: str) -> Refusal:
+    """The refusal of a call that is not as its row wants it, or of an op that has no twin."""
+    reason = Reason.NO_TWIN if call.row.no_twin else Reason.VARIANT
+    return Refusal(reason, f"{call.row.name}: {seen}")
+
+
+def _maker(node: fx.Node) -> str:
+    """Where a tensor comes from, in words."""
+    node = unviewed(node)
+    if node.target is operator.getitem:
+        node = node.args[0]
+    op = called_op(node)
+    return "an input of the graph" if op is None else f"made by {op._schema.name}"
+
+
+def _readable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a twin may read: not the codes and scales that the op writes to."""
     return {
         name: given
         for name, given in arguments.items()
-        if not isinstance(given, fx.Node) or value(given).dtype in (*ACTIVATION_DTYPES, torch.int32, torch.int64)
+        if not isinstance(given, fx.Node) or value(given) is None or value(given).dtype not in _WRITTEN_DTYPES
     }
 
 
-def _roles(row: Quantizer | Attention, call: Call) -> Mapping[Any, str]:
-    if isinstance(row, Attention):
-        return {row.output: CODES, row.block_scale: SCALES}
-    return row.results(call.bound(row.argument_names))
+_WRITTEN_DTYPES = (torch.uint8, torch.float4_e2m1fn_x2, torch.float8_e4m3fn)
+
+
+def _roles(call: Call) -> Mapping[Any, str]:
+    if isinstance(call.row, Attention):
+        return {call.row.output: CODES, call.row.block_scale: SCALES}
+    return call.row.results(call.arguments)
 
 
 def _same_call(graph: FusedGraph, call: Call, scale: fx.Node) -> bool:
     """Whether block scales come from the call that made the codes, whatever was done to their order since."""
-    while (made := graph.made_by(scale)) is None and scale.op == "call_function" and len(scale.all_input_nodes) == 1:
-        scale = scale.all_input_nodes[0]
-    return made is not None and made[0].node is call.node and _roles(ROWS[call.name], call).get(made[1]) == SCALES
+    while (made := graph.made_by(scale)) is None and scale.target in _MOVES:
+        scale = scale.args[0]
+    return made is not None and made[0].node is call.node and _roles(call).get(made[1]) == SCALES
 
 
 def unviewed(node: fx.Node) -> fx.Node:
@@ -154,10 +178,6 @@ def unviewed(node: fx.Node) -> fx.Node:
     return node
 
 
-def _of_written_out(found: Written, at: fx.Node) -> Activation:
-    return Activation(found.source, found.factor(at))
-
-
 def _undone_cast(node: fx.Node, at: fx.Node) -> fx.Node | Refusal:
     """An FP8 cast written out, ``(x / s).to(e4m3)`` or ``(x * s).to(e4m3)`` with a clamp perhaps: times s, or 1 / s."""
     cast = unviewed(node)
@@ -165,7 +185,7 @@ def _undone_cast(node: fx.Node, at: fx.Node) -> fx.Node | Refusal:
     while isinstance(before, fx.Node) and before.target in _BOUNDS | _VIEWS:
         before = before.args[0]
     if not isinstance(before, fx.Node) or before.target not in (aten.mul.Tensor, aten.div.Tensor):
-        return Refusal(Reason.FP8_ACTIVATION, node.name)
+        return Refusal(Reason.FP8_ACTIVATION, f"{node.name}, {_maker(node)}")
     scale = before.args[1]
     if not isinstance(scale, fx.Node) or not _is_static(scale):
         return Refusal(Reason.FP8_ACTIVATION, f"{node.name}, its scale is no static one")

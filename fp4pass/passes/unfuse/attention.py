@@ -14,17 +14,17 @@ from fp4pass.passes.unfuse.emit import emit, origin_of
 from fp4pass.passes.unfuse.rows import Attention
 
 
-def plain_attention(call: Call, row: Attention) -> fx.Node | Refusal:
+def plain_attention(call: Call) -> fx.Node | Refusal:
     """The output of ``call`` in the dtype and shape of its query, from a new call in its place.
 
     Everything else that the old call wrote to (a cache) is taken from the new one.
     """
-    query = call.arguments[row.like]
-    buffer = call.arguments[row.output]
+    row: Attention = call.row
+    query, buffer = call.arguments[row.like], call.arguments[row.output]
     packed = 2 if value(buffer).dtype in (torch.uint8, torch.float4_e2m1fn_x2) else 1
     same_size = value(buffer).numel() * packed == value(query).numel()
     if call.place(row.output) is not None or not same_size or "_all_bases" not in call.node.kwargs:
-        return Refusal(Reason.VARIANT, f"{call.name} writes its output into part of a buffer, or in another size")
+        return Refusal(Reason.VARIANT, f"{row.name} writes its output into part of a buffer, or in another size")
     rank = value(buffer).dim()
     plain = emit(call.node, lambda q: torch.empty_like(q.flatten(rank - 1)), query)
     bases = list(call.node.kwargs["_all_bases"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx
 
 from fp4pass.match.anchors import called_op
 from fp4pass.match.cone import value
+from fp4pass.passes.unfuse.rows import Row
 
 Key = int | str
 """A result of a call: the position among what the op returns, or the name of an argument that it writes to."""
@@ -36,51 +36,37 @@ class Place:
 
 
 class Call:
-    """One call of an op. Its arguments are read when asked for, since others may be replaced in the meantime.
+    """One call of the op that ``row`` describes. Its arguments are read when asked for, since others may be replaced in
+    the meantime.
 
     results: the nodes that hold each result, by `Key`.
     """
 
-    def __init__(self, node: fx.Node) -> None:
-        self.node, self._op = node, called_op(node)
-        self.name: str = self._op._schema.name
+    def __init__(self, node: fx.Node, row: Row) -> None:
+        self.node, self.row, self._op = node, row, called_op(node)
         self._wrapped = self._op is not node.target
         self.results = _results(node, _written(node, self._op) if self._wrapped else {})
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """By name, defaults filled in; an argument that is written to is the buffer in which it lies."""
-        names = [argument.name for argument in self._op._schema.arguments]
-        given = dict(zip(names, () if self._wrapped else self.node.args, strict=False)) | dict(self.node.kwargs)
-        for name in names:
+        """By name, defaults filled in; an argument that is written to is the buffer in which it lies. What this version
+        of the op names otherwise than the row stands under both names, by its position."""
+        own = [argument.name for argument in self._op._schema.arguments]
+        given = dict(zip(own, () if self._wrapped else self.node.args, strict=False)) | dict(self.node.kwargs)
+        for name in own:
             index = given.get(f"_{name}_base_index")
             if index is not None:
                 given[name] = given["_all_bases"][index]
-        return {a.name: given.get(a.name, a.default_value) for a in self._op._schema.arguments}
+        found = {a.name: given.get(a.name, a.default_value) for a in self._op._schema.arguments}
+        names = self.row.argument_names
+        renamed = ((new, old) for new, old in zip(names, own, strict=False) if new not in found and old not in names)
+        return found | {new: found[old] for new, old in renamed}
 
     def place(self, key: Key) -> Place | None:
         """Where the call wrote a result, if that is only a part of a buffer."""
         kwargs = self.node.kwargs
         part = {p: kwargs[f"_{key}_{p}"] for p in _VIEW_PARTS if f"_{key}_{p}" in kwargs}
         return Place(self.arguments[key], part) if part else None
-
-    def bound(self, names: Sequence[str]) -> dict[str, Any]:
-        """The arguments under ``names``; one that this version of the op names otherwise is taken by its position."""
-        found = self.arguments
-        own = list(found)
-        for position, name in enumerate(names):
-            if name not in found and position < len(own) and own[position] not in names:
-                found[name] = found[own[position]]
-        return found
-
-
-def pick(arguments: Mapping[str, Any], name: str) -> Any:
-    """The argument ``name``, or with ``name.1`` an element of one; None where there is none."""
-    name, _, index = name.partition(".")
-    found = arguments.get(name)
-    if not index or found is None:
-        return found
-    return found[int(index)] if len(found) > int(index) else None
 
 
 def _written(node: fx.Node, op: torch._ops.OpOverload) -> dict[int, list[Key]]:

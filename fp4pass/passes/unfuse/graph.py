@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -14,11 +14,11 @@ from fp4pass.match.cone import value
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import EMULATE
 from fp4pass.passes.rewriter import Rewriter, alike
-from fp4pass.passes.unfuse.calls import Call, Key, pick
+from fp4pass.passes.unfuse.calls import Call, Key
 from fp4pass.passes.unfuse.emit import emit
 from fp4pass.passes.unfuse.products import EXPERT_BLOCKS, PRODUCTS
 from fp4pass.passes.unfuse.quantizers import ATTENTIONS, FP8_QUANTIZERS, QUANTIZERS, ROUND_TRIPS
-from fp4pass.passes.unfuse.rows import Row
+from fp4pass.passes.unfuse.rows import Attention, Experts, Product, Quantizer, Row, pick
 from fp4pass.report import Entry
 
 ROWS: Mapping[str, Row] = {
@@ -28,6 +28,8 @@ ROWS: Mapping[str, Row] = {
 }
 """Every row by the name of its op."""
 
+log = logging.getLogger("fp4pass.passes")
+
 
 class FusedGraph:
     """The known calls of one graph, in its order, and how to replace or refuse them."""
@@ -35,14 +37,22 @@ class FusedGraph:
     def __init__(self, rewriter: Rewriter) -> None:
         self.rewriter = rewriter
         self.emulate = rewriter.activations == EMULATE
-        self.calls: list[Call] = []
-        for node in rewriter.graph.nodes:
-            op = called_op(node)
-            if op is not None and op._schema.name in ROWS:
-                self.calls.append(Call(node))
+        self.calls = list(_known_calls(rewriter.graph))
         self._made_by = {n: (c, key) for c in self.calls for key, nodes in c.results.items() for n in nodes}
         self._refused: set[fx.Node] = set()
         self._replaced: dict[fx.Node, fx.Node] = {}
+
+    def each(self, kind: type[Row], handle: Callable[[Call], Refusal | None]) -> None:
+        """``handle`` every call of one kind; what it refuses, or fails at, leaves only this call."""
+        for call in self.calls:
+            if isinstance(call.row, kind):
+                try:
+                    refusal = handle(call)
+                except Exception as error:  # whatever went wrong, uses are moved last: the graph is whole
+                    log.exception("un-fusing %s failed", call.node)
+                    refusal = Refusal(Reason.FAILED, f"{type(error).__name__}: {error}")
+                if refusal is not None:
+                    self.refuse(call, refusal)
 
     def made_by(self, node: fx.Node) -> tuple[Call, Key] | None:
         """The known call of which ``node`` is a result, and which result."""
@@ -50,13 +60,21 @@ class FusedGraph:
 
     def put(self, call: Call, key: Key, new: fx.Node) -> None:
         """Let ``new`` stand for a result of ``call``; where the call wrote into a larger buffer, in that buffer."""
-        place = call.place(key)
+        place, olds = call.place(key), call.results.get(key, ())
+        if place is not None and olds:
+            new = emit(call.node, place.embed, new, place.base)
+        for old in olds:
+            self._stand_for(call, old, new)
+
+    def put_untouched(self, call: Call, key: Key) -> None:
+        """Let a buffer that ``call`` may write to, but does not, stand for what it is afterwards."""
         for old in call.results.get(key, ()):
-            if place is not None:
-                new = emit(call.node, place.embed, new, place.base)
-            new = shaped_like(call.node, new, old)
-            old.replace_all_uses_with(new)
-            self._replaced[old] = new
+            self._stand_for(call, old, call.arguments[key])
+
+    def _stand_for(self, call: Call, old: fx.Node, new: fx.Node) -> None:
+        new = shaped_like(call.node, new, old)
+        old.replace_all_uses_with(new)
+        self._replaced[old] = new
 
     def current(self, node: fx.Node | None) -> fx.Node | None:
         """What stands for ``node`` now."""
@@ -64,20 +82,50 @@ class FusedGraph:
             node = self._replaced[node]
         return node
 
-    def done(self, call: Call, op: str, weight: Matrix) -> None:
+    def done(self, call: Call, op: str) -> None:
         """Record a product as rewritten to ``op``."""
-        self.rewriter.rewritten.append(_entry(call, op, weight, lowering=self.rewriter.lowering))
+        self.rewriter.rewritten.append(_entry(call, op, lowering=self.rewriter.lowering))
 
-    def refuse(self, call: Call, refusal: Refusal, weight: Matrix | None = None) -> None:
+    def refuse(self, call: Call, refusal: Refusal) -> None:
         """Leave a call, with the reason; once."""
         if call.node not in self._refused:
             self._refused.add(call.node)
-            why = {"reason": str(refusal), "remedy": refusal.reason.remedy}
-            self.rewriter.refused.append(_entry(call, call.name, weight, **why))
+            self.rewriter.refused.append(_refusal(call, refusal))
+
+
+def refuse_products(rewriter: Rewriter, refusal: Refusal) -> None:
+    """List every known product as left, where the un-fusing did not run."""
+    for call in _known_calls(rewriter.graph):
+        if isinstance(call.row, (Product, Experts)):
+            entry = _refusal(call, refusal)
+            rewriter.refused.append(replace(entry, lost=entry.lost and refusal.reason is Reason.FAILED))
+
+
+def _known_calls(graph: fx.Graph) -> Iterator[Call]:
+    for node in graph.nodes:
+        op = called_op(node)
+        row = None if op is None else ROWS.get(op._schema.name)
+        if row is not None and row.applies((call := Call(node, row)).arguments):
+            yield call
+
+
+def _refusal(call: Call, refusal: Refusal) -> Entry:
+    row, reason = call.row, refusal.reason
+    in_fp4 = isinstance(row, (Quantizer, Attention)) or (isinstance(row, Product) and bool(row.x_scale))
+    lost = in_fp4 or reason is Reason.FP8_ACTIVATION
+    return _entry(call, row.name, reason=str(refusal), remedy=reason.remedy, lost=lost)
+
+
+def _entry(call: Call, op: str, **more: str | bool) -> Entry:
+    matrix = _matrix(call)
+    named = call.node.all_input_nodes if matrix is None else [origin(matrix.codes)]
+    shape = {} if matrix is None else {"n": matrix.n, "k": matrix.k, "experts": matrix.experts}
+    positions = [_torch.input_position(node) for node in named if node.op == "placeholder"]
+    return Entry("", op, source=call.row.name, inputs=tuple(p for p in positions if p is not None), **shape, **more)
 
 
 @dataclass(frozen=True)
-class Matrix:
+class _Matrix:
     """What a report says of a weight: its codes, rows N, columns K, and experts (0: a single matrix)."""
 
     codes: fx.Node
@@ -85,29 +133,17 @@ class Matrix:
     k: int
     experts: int
 
-    @classmethod
-    def of(cls, codes: fx.Node, transposed: bool = False) -> Matrix:
-        """From codes ``[(E,) N, K/2]``, or ``[(E,) K/2, N]``."""
-        *lead, n, half = value(codes).shape
-        n, half = (half, n) if transposed else (n, half)
-        return cls(codes, n, 2 * half, lead[0] if lead else 0)
 
-
-def _entry(call: Call, op: str, weight: Matrix | None, **more: str) -> Entry:
-    shape = {} if weight is None else {"n": weight.n, "k": weight.k, "experts": weight.experts}
-    named = call.node.all_input_nodes if weight is None else [origin(weight.codes)]
-    positions = [_torch.input_position(node) for node in named if node.op == "placeholder"]
-    return Entry("", op, source=call.name, inputs=tuple(p for p in positions if p is not None), **shape, **more)
-
-
-def variant(row: Row, arguments: Mapping[str, Any]) -> Refusal | None:
-    """Why a call is not what its row describes; None if it is."""
-    wanted = getattr(row, "wanted", {})
-    for name, want in wanted.items():
-        given = pick(arguments, name)
-        if name.partition(".")[0] in arguments and given is not None and given != want:
-            return Refusal(Reason.VARIANT, f"{row.name} with {name}={given}")
-    return None
+def _matrix(call: Call) -> _Matrix | None:
+    """The weight of a product, from codes ``[(E,) N, K/2]`` or ``[(E,) K/2, N]``; of a list of experts the first's."""
+    row = call.row
+    if not isinstance(row, (Product, Experts)):
+        return None
+    codes = pick(call.arguments, row.codes)
+    *lead, n, half = value(codes).shape
+    if isinstance(row, Product) and row.transposed:
+        n, half = half, n
+    return _Matrix(codes, n, 2 * half, lead[0] if lead else 0)
 
 
 def origin(node: fx.Node) -> fx.Node:

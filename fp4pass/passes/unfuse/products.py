@@ -24,6 +24,11 @@ _GEMM = (
     "(Tensor act_fp4, Tensor weight, Tensor act_sf, Tensor weight_scale, Tensor alpha, ScalarType output_dtype, "
     "bool to_userbuffers=False) -> Tensor"
 )
+_PREQUANTIZED = (
+    "(Tensor input_fp4, Tensor weight_fp4, Tensor input_sf, Tensor weight_scale, Tensor alpha, Tensor? bias=None, "
+    "str out_dtype='bfloat16') -> Tensor"
+)
+_NO_ALL_TO_ALL = {"apply_routing_on_input": False, "enable_alltoall": False, "mapping_config": ""}
 
 
 def _gemm(op: str, read: str = _TRT_OPS) -> Product:
@@ -35,7 +40,21 @@ def _gemm(op: str, read: str = _TRT_OPS) -> Product:
         codes="weight",
         scale="weight_scale",
         alpha="alpha",
-        wanted={"sf_use_ue8m0": False},
+        # A later all-reduce would look for the result in the buffers that GPUs share.
+        wanted={"sf_use_ue8m0": False, "to_userbuffers": False},
+    )
+
+
+def _prequantized(op: str) -> Product:
+    return Product(
+        op + _PREQUANTIZED,
+        _AUTO + "quantization/, as transform/library/fuse_rmsnorm_quant_nvfp4.py calls it",
+        x="input_fp4",
+        x_scale="input_sf",
+        codes="weight_fp4",
+        scale="weight_scale",
+        alpha="alpha",
+        bias="bias",
     )
 
 
@@ -60,17 +79,8 @@ PRODUCTS = (
         alpha="global_scale",
         wanted={"sf_use_ue8m0": False},
     ),
-    Product(
-        "auto_deploy::trtllm_nvfp4_gemm(Tensor input_fp4, Tensor weight_fp4, Tensor input_sf, Tensor weight_scale, "
-        "Tensor alpha, Tensor? bias=None, str out_dtype='bfloat16') -> Tensor",
-        _AUTO + "quantization/trtllm_quant.py",
-        x="input_fp4",
-        x_scale="input_sf",
-        codes="weight_fp4",
-        scale="weight_scale",
-        alpha="alpha",
-        bias="bias",
-    ),
+    _prequantized("auto_deploy::trtllm_nvfp4_gemm"),
+    _prequantized("auto_deploy::trtllm_nvfp4_prequant_linear"),
     Product(
         "auto_deploy::torch_quant_nvfp4_linear(Tensor input, Tensor weight_fp4, Tensor? bias=None, "
         "Tensor? input_scale=None, Tensor? weight_scale=None, Tensor? alpha=None) -> Tensor",
@@ -221,7 +231,19 @@ EXPERT_BLOCKS = (
         _fused_weights,
         _activation,
         codes="fc1_expert_weights_fp4",
-        wanted={"apply_routing_on_input": False, "enable_alltoall": False},
+        wanted=_NO_ALL_TO_ALL,
+    ),
+    Experts(
+        "auto_deploy::trtllm_nvfp4_trtllm_gen_moe_fused(Tensor x, Tensor selected_experts, Tensor routing_weights, "
+        "Tensor fc1_expert_weights_fp4, Tensor fc2_expert_weights_fp4, Tensor fc1_weight_blockscale_fp8, "
+        "Tensor fc2_weight_blockscale_fp8, Tensor fc1_act_global_scale, Tensor fc1_scale_c, Tensor fc1_alpha, "
+        "Tensor fc2_alpha, int num_experts, int top_k, int intermediate_size, int hidden_size, bool is_gated_mlp=True, "
+        "int act_fn=4) -> Tensor",
+        _AUTO + "fused_moe/trtllm_moe.py",
+        None,
+        None,
+        codes="fc1_expert_weights_fp4",
+        no_twin="its weights are shuffled for a kernel of SM100; trtllm_quant_nvfp4_moe_fused takes them plain",
     ),
     Experts(
         "auto_deploy::torch_quant_nvfp4_moe(Tensor x, Tensor selected_experts, Tensor routing_weights, "
@@ -232,6 +254,6 @@ EXPERT_BLOCKS = (
         _listed_weights,
         _activation,
         codes="w1_weight.0",
-        wanted={"apply_routing_on_input": False},
+        wanted=_NO_ALL_TO_ALL,
     ),
 )

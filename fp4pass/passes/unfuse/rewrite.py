@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from types import SimpleNamespace as Arguments
 from typing import Any
@@ -13,21 +12,30 @@ from torch import fx
 
 from fp4pass.lowering.reference import expert_of_row
 from fp4pass.match.anchors import anchor_of
-from fp4pass.match.cone import CODE_DTYPES, code_tainted, value
+from fp4pass.match.cone import code_tainted, value
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.passes.rewriter import Rewriter
 from fp4pass.passes.unfuse import twins
-from fp4pass.passes.unfuse.activations import Activation, Activations
-from fp4pass.passes.unfuse.calls import Call, pick
+from fp4pass.passes.unfuse.activations import Activation, Activations, variant_of
+from fp4pass.passes.unfuse.calls import Call
 from fp4pass.passes.unfuse.emit import emit
-from fp4pass.passes.unfuse.graph import ROWS, FusedGraph, Matrix, origin, shaped_like, variant
-from fp4pass.passes.unfuse.rows import GROUPED, SUM, UNCHANGED, VALUE, Experts, Product, Quantizer, RoundTrip
+from fp4pass.passes.unfuse.graph import FusedGraph, origin, shaped_like
+from fp4pass.passes.unfuse.rows import (
+    GROUPED,
+    SUM,
+    UNCHANGED,
+    VALUE,
+    Attention,
+    Experts,
+    Product,
+    Quantizer,
+    RoundTrip,
+    pick,
+)
 from fp4pass.passes.unfuse.written_out import casts_to_e4m3, find_round_trip
 
 aten = torch.ops.aten
 _VIEWED_AS = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn)
-
-log = logging.getLogger("fp4pass.passes")
 
 Rule = Callable[[FusedGraph, Activations], None]
 
@@ -53,42 +61,35 @@ def unfuse(rewriter: Rewriter) -> None:
     activations = Activations(graph)
     for rule in RULES:
         rule(graph, activations)
-    rewriter.graph.eliminate_dead_code()
+        rewriter.check(rewriter.graph)
     _refuse_what_is_left(graph)
 
 
 def replace_products(graph: FusedGraph, activations: Activations) -> None:
     """FP4 products, dense and grouped, one by one."""
-    for call in graph.calls:
-        row = ROWS[call.name]
-        if isinstance(row, Product) and _holds_fp4(call, row):
-            _attempt(graph, call, _weight_of(call, row), lambda c=call, r=row: _product(graph, activations, c, r))
+    graph.each(Product, lambda call: _product(graph, activations, call))
 
 
 def replace_expert_blocks(graph: FusedGraph, activations: Activations) -> None:
     """Whole blocks of experts."""
-    for call in graph.calls:
-        row = ROWS[call.name]
-        if isinstance(row, Experts):
-            weight = Matrix.of(pick(call.bound(row.argument_names), row.codes))
-            _attempt(graph, call, weight, lambda c=call, r=row: _experts(graph, activations, c, r))
+    graph.each(Experts, lambda call: _experts(graph, activations, call))
 
 
 def replace_plain_results(graph: FusedGraph, activations: Activations) -> None:
     """What quantizing operations give beside the codes: normed values, residual sums, untouched arguments."""
-    for call in graph.calls:
-        row = ROWS[call.name]
-        if not isinstance(row, Quantizer):
-            continue
+
+    def replace(call: Call) -> Refusal | None:
         twin = activations.twin(call)
         if isinstance(twin, Refusal):
-            graph.refuse(call, twin)
-            continue
-        for key, role in row.results(call.bound(row.argument_names)).items():
+            return twin
+        for key, role in call.row.results(call.arguments).items():
             if role in (VALUE, SUM) and twin[role] is not None:
                 graph.put(call, key, graph.current(twin[role]))
             elif role == UNCHANGED:
-                graph.put(call, key, call.arguments[key])
+                graph.put_untouched(call, key)
+        return None
+
+    graph.each(Quantizer, replace)
 
 
 def remove_round_trips(graph: FusedGraph, activations: Activations) -> None:
@@ -112,20 +113,15 @@ def remove_round_trips(graph: FusedGraph, activations: Activations) -> None:
 
 def replace_fake_quantization(graph: FusedGraph, activations: Activations) -> None:
     """One op that rounds an activation to FP4 and back. A weight that goes through it is dense: nothing to rewrite."""
-    for call in graph.calls:
-        row = ROWS[call.name]
-        if not isinstance(row, RoundTrip):
-            continue
-        arguments = call.bound(row.argument_names)
-        x, amax = arguments[row.x], arguments[row.amax]
-        if variant(row, arguments) is not None:
-            continue  # another format, which is not ours and needs no SM100
+
+    def replace(call: Call) -> Refusal | None:
+        x, amax = call.arguments[call.row.x], call.arguments[call.row.amax]
         if origin(x).op == "placeholder" and graph.rewriter.inputs.is_constant(origin(x)):
-            graph.refuse(call, Refusal(Reason.DENSE))
-        elif graph.emulate:
-            graph.put(call, 0, emit(call.node, _fake_quantized, x, amax))
-        else:
-            graph.put(call, 0, x)
+            return Refusal(Reason.DENSE)
+        graph.put(call, 0, emit(call.node, _fake_quantized, x, amax) if graph.emulate else x)
+        return None
+
+    graph.each(RoundTrip, replace)
 
 
 RULES: tuple[Rule, ...] = (
@@ -142,38 +138,15 @@ def _fake_quantized(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     return twins.quantized_and_back(x, twins.E2M1_MAX * twins.E4M3_MAX / amax.float())
 
 
-def _attempt(graph: FusedGraph, call: Call, weight: Matrix, replace: Callable[[], str | Refusal]) -> None:
-    """Run one replacement, which says to which op, and record it; whatever goes wrong leaves only this one."""
-    try:
-        outcome = replace()
-    except Exception as error:
-        log.exception("un-fusing %s failed", call.node)
-        outcome = Refusal(Reason.FAILED, f"{type(error).__name__}: {error}")
-    if isinstance(outcome, Refusal):
-        graph.refuse(call, outcome, weight)
-    else:
-        graph.done(call, outcome, weight)
-
-
-def _holds_fp4(call: Call, row: Product) -> bool:
-    """Whether the call is an FP4 product; torch's scaled products take FP8 as well, which is not ours."""
-    return value(call.bound(row.argument_names)[row.codes]).dtype in CODE_DTYPES
-
-
-def _weight_of(call: Call, row: Product) -> Matrix:
-    return Matrix.of(call.bound(row.argument_names)[row.codes], row.transposed)
-
-
-def _product(graph: FusedGraph, activations: Activations, call: Call, row: Product) -> str | Refusal:
-    """Emit the W4A16 product, or the one with an emulated activation."""
-    arguments = call.bound(row.argument_names)
-    refusal = variant(row, arguments)
-    if refusal is not None:
-        return refusal
-    activation = _activation(activations, call, row, arguments)
+def _product(graph: FusedGraph, activations: Activations, call: Call) -> Refusal | None:
+    """Put the W4A16 product, or the one with an emulated activation, in the place of ``call``."""
+    row, arguments = call.row, call.arguments
+    variant = row.variant(arguments)
+    activation = variant_of(call, variant) if variant else _activation(activations, call)
     if isinstance(activation, Refusal):
         return activation
-    result = call.results[row.output][0]
+    if row.output not in call.results:
+        return None  # nobody reads it
     ends = None if row.ends is None else emit(call.node, lambda given: row.ends(Arguments(**given)), arguments)
     operands = {
         "x": activation.values,
@@ -184,10 +157,11 @@ def _product(graph: FusedGraph, activations: Activations, call: Call, row: Produ
         "bias": arguments.get(row.bias),
         "ends": ends,
     }
-    rank, dtype = value(arguments[row.x]).dim(), value(result).dtype
+    rank, dtype = value(arguments[row.x]).dim(), value(call.results[row.output][0]).dtype
     build = functools.partial(_built, row.kind, row.transposed, rank, dtype, graph.emulate)
     graph.put(call, row.output, emit(call.node, lambda given: build(**given), operands))
-    return "fp4pass.grouped_linear" if row.kind == GROUPED else "fp4pass.linear"
+    graph.done(call, "fp4pass.grouped_linear" if row.kind == GROUPED else "fp4pass.linear")
+    return None
 
 
 def _as_stored(at: fx.Node, node: fx.Node) -> fx.Node:
@@ -201,7 +175,8 @@ def _as_stored(at: fx.Node, node: fx.Node) -> fx.Node:
     return stored if value(stored).dtype.itemsize == value(node).dtype.itemsize else node
 
 
-def _activation(activations: Activations, call: Call, row: Product, arguments: dict[str, Any]) -> Activation | Refusal:
+def _activation(activations: Activations, call: Call) -> Activation | Refusal:
+    row, arguments = call.row, call.arguments
     if row.x_scale:
         return activations.of_codes(arguments[row.x], pick(arguments, row.x_scale), call.node)
     plain = activations.plain(arguments[row.x], call.node)
@@ -241,16 +216,14 @@ def _built(
     return twins.linear(x.to(dtype), codes, scale, total, bias)
 
 
-def _experts(graph: FusedGraph, activations: Activations, call: Call, row: Experts) -> str | Refusal:
-    """Emit the block as one op; with a gate, or emulated, as its steps."""
-    arguments = call.bound(row.argument_names)
-    refusal = variant(row, arguments)
-    activation = row.activation(Arguments(**arguments))
-    if refusal is not None or activation is None:
-        return refusal or Refusal(Reason.VARIANT, f"{row.name} with act_fn={arguments.get('act_fn')}")
-    plain = activations.plain(arguments[row.x], call.node)
+def _experts(graph: FusedGraph, activations: Activations, call: Call) -> Refusal | None:
+    """Put the block as one op in the place of ``call``; with a gate, or emulated, as its steps."""
+    row, arguments = call.row, call.arguments
+    variant = row.variant(arguments)
+    plain = variant_of(call, variant) if variant else activations.plain(arguments[row.x], call.node)
     if isinstance(plain, Refusal):
         return plain
+    activation = row.activation(Arguments(**arguments))
 
     def build(x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         a = Arguments(**given)
@@ -258,13 +231,24 @@ def _experts(graph: FusedGraph, activations: Activations, call: Call, row: Exper
         return twins.experts(x, *routing, row.weights(a), activation, graph.emulate)
 
     graph.put(call, 0, emit(call.node, build, plain, arguments))
-    return "fp4pass.experts" if activation != "swiglu" and not graph.emulate else "fp4pass.gathered_linear"
+    by_steps = activation == "swiglu" or graph.emulate
+    graph.done(call, "fp4pass.gathered_linear" if by_steps else "fp4pass.experts")
+    return None
 
 
 def _refuse_what_is_left(graph: FusedGraph) -> None:
-    """A quantizing operation that is still there has somebody unknown who takes its codes."""
-    left = set(graph.rewriter.graph.nodes)
+    """A quantizing operation whose codes are still read has somebody unknown who reads them."""
+    read = _read(graph.rewriter.graph)
     for call in graph.calls:
-        if isinstance(ROWS[call.name], Quantizer) and call.node in left:
-            users = {user.name for nodes in call.results.values() for node in nodes for user in node.users}
-            graph.refuse(call, Refusal(Reason.FP4_CONSUMER, ", ".join(sorted(users))))
+        if isinstance(call.row, (Quantizer, Attention)) and call.node in read:
+            users = {user for nodes in call.results.values() for node in nodes for user in node.users} & read
+            graph.refuse(call, Refusal(Reason.FP4_CONSUMER, ", ".join(sorted(user.name for user in users))))
+
+
+def _read(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the graph's results or side effects depend on."""
+    read: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node.is_impure() or any(user in read for user in node.users):
+            read.add(node)
+    return read

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace as Arguments
 from typing import Any
 
 import torch
+from torch import fx
+
+from fp4pass.match.cone import CODE_DTYPES, value
 
 CODES, SCALES, VALUE, SUM, UNCHANGED = "codes", "scales", "value", "sum", "unchanged"
 """Results: packed codes, their block scales, the values before they are quantized, the residual sum, an argument that
@@ -16,19 +18,21 @@ the schema lets the op write to but that it leaves as it was."""
 
 LINEAR, GROUPED = "linear", "grouped"
 
-_ARGUMENT = re.compile(r"(\w+)(?:=[^,]*)?(?:, |\) ->)")
-
 
 @dataclass(frozen=True)
 class Row:
     """One op.
 
     schema: for the reader and for the tests' stand-ins; a graph's call is read by argument names, and by position where
-    a version of the op names one otherwise. read: where schema and meaning were read.
+    a version of the op names one otherwise. read: where schema and meaning were read. wanted: arguments that must have
+    these values, where they are given; ``name.1`` is an element of a list. no_twin: why no call of the op can be
+    replaced, and what to do; "" if it can.
     """
 
     schema: str
     read: str
+    wanted: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    no_twin: str = field(default="", kw_only=True)
 
     @property
     def name(self) -> str:
@@ -38,7 +42,35 @@ class Row:
     @property
     def argument_names(self) -> list[str]:
         """In the schema's order."""
-        return _ARGUMENT.findall(self.schema)
+        arguments = self.schema.partition("(")[2].rpartition(") ->")[0]
+        return [each.partition("=")[0].split()[-1] for each in arguments.split(", ")]
+
+    def applies(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments is what the row describes, and not another use of the op."""
+        return True
+
+    def variant(self, arguments: Mapping[str, Any]) -> str:
+        """What keeps a call with these arguments from being replaced; "" for nothing."""
+        if self.no_twin:
+            return self.no_twin
+        for name, want in self.wanted.items():
+            given = pick(arguments, name)
+            if given is not None and given != want:
+                return f"{name}={given}"
+        return ""
+
+
+def pick(arguments: Mapping[str, Any], name: str) -> Any:
+    """The argument ``name``, or with ``name.1`` an element of one; None where there is none."""
+    name, _, index = name.partition(".")
+    found = arguments.get(name)
+    if not index or found is None:
+        return found
+    return found[int(index)] if len(found) > int(index) else None
+
+
+def _holds_fp4(node: fx.Node) -> bool:
+    return value(node).dtype in CODE_DTYPES
 
 
 @dataclass(frozen=True)
@@ -46,21 +78,22 @@ class Quantizer(Row):
     """An op that gives an activation in FP4.
 
     twin: arguments -> (the values that are quantized, the residual sum or None). outputs: what each result is, by
-    position or, for an argument that the op writes to, by name; it may depend on the arguments. factor: the argument
-    that values are multiplied by before they are quantized (or divided by, where ``divides``); "" for none. wanted:
-    arguments that must have these values, where they are given.
+    position or, for an argument that the op writes to, by name; it may depend on the arguments, and names no codes
+    where these say that nothing is quantized. factor: the argument that values are multiplied by before they are
+    quantized; "" for none.
     """
 
     twin: Callable[[Arguments], tuple[torch.Tensor, torch.Tensor | None]]
     outputs: Mapping[int | str, str] | Callable[[Arguments], Mapping[int | str, str]]
     factor: str
-    divides: bool = False
     activations: tuple[str, ...] = ("input",)
-    wanted: Mapping[str, Any] = field(default_factory=dict)
 
     def results(self, arguments: Mapping[str, Any]) -> Mapping[int | str, str]:
         """What each result is in a call with these arguments."""
         return self.outputs(Arguments(**arguments)) if callable(self.outputs) else self.outputs
+
+    def applies(self, arguments: Mapping[str, Any]) -> bool:
+        return CODES in self.results(arguments).values()
 
 
 @dataclass(frozen=True)
@@ -84,7 +117,10 @@ class Product(Row):
     output: int | str = 0
     transposed: bool = False
     ends: Callable[[Arguments], torch.Tensor] | None = None
-    wanted: Mapping[str, Any] = field(default_factory=dict)
+
+    def applies(self, arguments: Mapping[str, Any]) -> bool:
+        """torch's scaled products take FP8 as well, which is not ours."""
+        return _holds_fp4(arguments[self.codes])
 
 
 @dataclass(frozen=True)
@@ -95,13 +131,18 @@ class Experts(Row):
     that it has no twin. codes: the argument that a report names and measures.
     """
 
-    weights: Callable[[Arguments], list[Any]]
-    activation: Callable[[Arguments], str | None]
+    weights: Callable[[Arguments], list[Any]] | None
+    activation: Callable[[Arguments], str | None] | None
     codes: str
     x: str = "x"
     ids: str = "selected_experts"
     routing: str = "routing_weights"
-    wanted: Mapping[str, Any] = field(default_factory=dict)
+
+    def variant(self, arguments: Mapping[str, Any]) -> str:
+        found = super().variant(arguments)
+        if not found and self.activation(Arguments(**arguments)) is None:
+            found = f"act_fn={arguments.get('act_fn')}"
+        return found
 
 
 @dataclass(frozen=True)
@@ -122,6 +163,9 @@ class Attention(Row):
     block_scale: str = "output_block_scale"
     like: str = "query"
 
+    def applies(self, arguments: Mapping[str, Any]) -> bool:
+        return arguments.get(self.scale) is not None or _holds_fp4(arguments[self.output])
+
 
 @dataclass(frozen=True)
 class RoundTrip(Row):
@@ -129,4 +173,7 @@ class RoundTrip(Row):
 
     x: str = "input"
     amax: str = "amax"
-    wanted: Mapping[str, Any] = field(default_factory=dict)
+
+    def applies(self, arguments: Mapping[str, Any]) -> bool:
+        """Rounding to another format needs no SM100, and is not ours."""
+        return not self.variant(arguments)

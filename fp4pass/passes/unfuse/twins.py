@@ -192,7 +192,8 @@ def _by_steps(
     def product(x: torch.Tensor, side: Weight) -> torch.Tensor:
         if emulate:
             factor = side.factor.float().reshape(-1)
-            x = quantized(x, factor if factor.numel() == 1 else factor[picked])
+            # An id of no expert here counts as nothing, with any factor.
+            x = quantized(x, factor[picked.clamp(0, factor.numel() - 1)])
         return ops.gathered_linear(x, *side.operands(emulate), picked, PLAIN)
 
     first = rows.repeat_interleave(ids.shape[1], 0)
