@@ -24,11 +24,6 @@ IN_FP8 = 0.04
 pytestmark = pytest.mark.usefixtures("libraries")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def an_operation_of_nobody(libraries):
-    libraries.define("trtllm::nobody_knows(Tensor x) -> Tensor", lambda x: x.float())
-
-
 def linear(m: Layer, x: torch.Tensor) -> torch.Tensor:
     codes, scale = ops.trtllm.fp4_quantize(x, m.factor, 16)
     return m.gemm(codes, scale)
@@ -101,70 +96,6 @@ def test_an_activation_in_fp8_without_a_static_scale_is_an_error_that_names_the_
         torch.compile(layer, backend="fp4pass")(x)
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), ActivationError)
     assert "codes (trtllm::nvfp4_gemm)" in str(caught.value)
-
-
-# --- FP4 from nowhere, and to nowhere.
-
-
-def fp4_argument(m: Layer, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return m.gemm(codes, scale)
-
-
-def scales_of_another(m: Layer, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    codes, _ = ops.trtllm.fp4_quantize(x, m.factor, 16)
-    return m.gemm(codes, ops.trtllm.fp4_quantize(other, m.factor, 16)[1])
-
-
-def permuted(m: Layer, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    codes, scale = ops.trtllm.fp4_quantize(x, m.factor, 16)
-    return m.gemm(codes.flip(-1), scale)
-
-
-@pytest.mark.parametrize("run_layer", [fp4_argument, scales_of_another, permuted])
-@torch.no_grad()
-def test_an_activation_in_fp4_that_comes_from_nowhere_is_never_consumed(run_layer):
-    given = fake_codes(rows()) if run_layer is fp4_argument else (rows(), rows(seed=2))
-    run = compiling(Layer(run_layer))
-    run(*given)
-    assert Reason.FP4_ACTIVATION.sentence in run.report.refused[0].reason
-    assert run.report.refused[0].module == "codes" and not run.report.rewritten
-    assert "trtllm.nvfp4_gemm.default" in foreign(run)
-
-
-@torch.no_grad()
-def test_codes_that_somebody_unknown_takes_are_refused_and_the_rest_is_rewritten():
-    def run_layer(m, x):
-        codes, scale = ops.trtllm.fp4_quantize(x, m.factor, 16)
-        return m.gemm(codes, scale), ops.trtllm.nobody_knows(codes)
-
-    layer = Layer(run_layer)
-    run = compiling(layer)
-    got, want = run(rows()), layer(rows())
-    assert [e.op for e in run.report.rewritten] == ["fp4pass.linear"]
-    (entry,) = run.report.refused
-    assert Reason.FP4_CONSUMER.sentence in entry.reason and "nobody_knows" in entry.reason and entry.remedy
-    assert torch.equal(got[1], want[1])
-
-
-def other_block(m: Layer, x: torch.Tensor) -> torch.Tensor:
-    return m.gemm(*ops.trtllm.fp4_quantize(x, m.factor, 32))
-
-
-def powers_of_two(m: Layer, x: torch.Tensor) -> torch.Tensor:
-    return m.gemm(*ops.trtllm.fp4_quantize(x, m.factor, 16, True))
-
-
-@pytest.mark.parametrize("run_layer, shown", [(other_block, "sfVecSize=32"), (powers_of_two, "sfUseUE8M0=True")])
-@torch.no_grad()
-def test_a_variant_is_refused_and_other_layers_are_not(run_layer, shown):
-    def both(m, x):
-        return run_layer(m, x), linear(m, x)
-
-    run = compiling(Layer(both))
-    run(rows())
-    assert [e.op for e in run.report.rewritten] == ["fp4pass.linear"]
-    assert all(Reason.VARIANT.sentence in e.reason and shown in e.reason for e in run.report.refused)
-    assert {e.op for e in run.report.refused} == {"trtllm::fp4_quantize", "trtllm::nvfp4_gemm"}
 
 
 # --- Attention.

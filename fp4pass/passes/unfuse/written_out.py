@@ -113,8 +113,8 @@ class Region:
 
 def _regions(results: Sequence[fx.Node], columns: int, inputs: Inputs) -> Iterator[Region]:
     """Every part of the graph that ends in ``results`` and has one activation to start from, the smallest first."""
-    behind = _behind(results)
-    if behind is None or not any(casts_to_e4m3(node) for node in behind):
+    behind = _walk_back(results)
+    if len(behind) > MOST_NODES or not any(casts_to_e4m3(node) for node in behind):
         return
     for source in sorted(behind, reverse=True):
         tensor = value(source)
@@ -138,20 +138,22 @@ def casts_to_e4m3(node: fx.Node) -> bool:
     return node.op == "call_function" and tensor is not None and tensor.dtype == torch.float8_e4m3fn
 
 
-def _behind(results: Sequence[fx.Node]) -> set[fx.Node] | None:
-    """Everything that the results are computed from, back to products and operations of other libraries."""
+def _walk_back(results: Sequence[fx.Node], source: fx.Node | None = None) -> set[fx.Node]:
+    """Everything that the results are computed from, back to ``source``, inputs, products and operations of other
+    libraries, these among it. Soon after more than ``MOST_NODES`` it is no longer everything."""
     seen: set[fx.Node] = set()
     stack = list(results)
-    while stack:
+    while stack and len(seen) <= MOST_NODES:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if len(seen) > MOST_NODES:
-            return None
-        if not _is_end(node):
-            stack.extend(node.all_input_nodes)
+        if node not in seen:
+            seen.add(node)
+            if node is not source and not _is_end(node) and not _is_size(node):
+                stack.extend(node.all_input_nodes)
     return seen
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _is_end(node: fx.Node) -> bool:
@@ -163,30 +165,23 @@ def _is_end(node: fx.Node) -> bool:
 
 def _between(source: fx.Node, results: Sequence[fx.Node], inputs: Inputs) -> Region | None:
     """The region from ``source`` to the results, if besides there are only single values and tables of the model."""
-    nodes, fixed, tables, met = [], [], {}, False
-    seen: set[fx.Node] = set()
-    stack = list(results)
-    while stack:
-        node = stack.pop()
-        if node in seen:
+    walked = _walk_back(results, source)
+    if source not in walked:
+        return None
+    nodes, fixed, tables = [], [], {}
+    for node in sorted(walked - {source}):
+        if _is_size(node):
             continue
-        seen.add(node)
-        if node is source:
-            met = True
-        elif isinstance(node.meta.get("val"), (int, torch.SymInt)):
-            continue
-        elif not _is_end(node):
+        if not _is_end(node):
             nodes.append(node)
-            stack.extend(node.all_input_nodes)
         elif (table := inputs.table(node)) is not None:
             tables[node] = table
         elif _is_scalar(node):
             fixed.append(node)
         else:
             return None
-    nodes.sort()
     scalars = [node for node in (*fixed, *nodes) if _is_scalar(node)]
-    return Region(source, tuple(nodes), tuple(scalars), tables, tuple(fixed)) if met else None
+    return Region(source, tuple(nodes), tuple(scalars), tables, tuple(fixed))
 
 
 def _is_scalar(node: fx.Node) -> bool:
