@@ -11,17 +11,15 @@ from fp4pass.passes.rewriter import Rewriter
 
 @contextmanager
 def undone_if_it_raises(rewriter: Rewriter) -> Iterator[None]:
-    """If the body raises, the graph's results are computed as before, and the record says so. What was emitted stays
-    behind as dead code; what was dead before may be gone."""
+    """If the body raises, the graph computes its results as before, and the record says so. What was emitted stays
+    behind as dead code. The body erases nothing, unless as its last step."""
     nodes = [(node, node.args, node.kwargs) for node in rewriter.graph.nodes]
     state = {name: copy.copy(held) if isinstance(held, (list, dict)) else held for name, held in vars(rewriter).items()}
     try:
         yield
     except Exception:
-        there = set(rewriter.graph.nodes)
         for node, args, kwargs in nodes:
-            if node in there:
-                node.args, node.kwargs = args, kwargs
+            node.args, node.kwargs = args, kwargs
         vars(rewriter).clear()
         vars(rewriter).update(state)
         raise

@@ -63,6 +63,7 @@ def unfuse(rewriter: Rewriter) -> None:
         rule(graph, activations)
         rewriter.check(rewriter.graph)
     _refuse_what_is_left(graph)
+    rewriter.graph.eliminate_dead_code()  # last: what is erased could not be brought back
 
 
 def replace_products(graph: FusedGraph, activations: Activations) -> None:
