@@ -19,6 +19,7 @@ from fp4pass.errors import GradientError
 from fp4pass.inputs import CallInputs, GraphInputs
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import Options
+from fp4pass.passes.epilogue import rewrite_epilogue
 from fp4pass.passes.experts import rewrite_experts
 from fp4pass.passes.fp8 import rewrite_fp8
 from fp4pass.passes.linear import rewrite_linear
@@ -45,6 +46,7 @@ class Pass:
 PASSES: tuple[Pass, ...] = (
     Pass("unfuse", unfuse, "first: the others look at plain products only"),
     Pass("linear", rewrite_linear, "single matrices, which no later pass looks at"),
+    Pass("epilogue", rewrite_epilogue, "right after the products that it adds to"),
     Pass("lookup", rewrite_lookup, "anywhere: rows of tables, which no other pass looks at"),
     Pass("fp8", rewrite_fp8, "anywhere: 8-bit weights, which no other pass looks at"),
     Pass("moe", rewrite_moe, "before their products are taken one by one: a block is only seen whole"),

@@ -27,6 +27,7 @@ class Entry:
     single matrix. source: the convention in which the weight is written. lowering: what computes it now. reason,
     remedy: why it was left, and what to do. inputs: positions of its codes among the compiled call's inputs. lost: it
     was left with an activation in FP4 or FP8 that nothing else on this GPU can read.
+    epilogue: what follows the product and is done inside of it, such as ``bias, relu2``.
     """
 
     module: str

@@ -47,13 +47,13 @@ class Rewriter:
         self.rewritten: list[Entry] = []
         self.refused: list[Entry] = []
         self._eight_bit: list[Product] = []
+        self._entry_of: dict[fx.Node, int] = {}
         self._at: fx.Node | None = None
         self._moved: dict[fx.Node, fx.Node] = {}
 
     @functools.cached_property
     def products(self) -> list[Product]:
         """The proven products that no pass has taken yet. Looked for when first asked for, after un-fusing."""
-        self.graph.eliminate_dead_code()
         found = find_products(self.graph, self.inputs)
         refused = [p for p in found if isinstance(p.weight, Refusal)]
         self._eight_bit = [p for p in refused if p.weight.reason is Reason.EIGHT_BIT]
@@ -91,21 +91,41 @@ class Rewriter:
 
         source: how the weight is written, where that is no convention of NVFP4.
         """
-        self._at = at
         try:
-            new = build()
-            _check_same(at, new)
+            new = self._put(at, build)
         except Exception as error:  # whatever went wrong, the graph is still whole: say so and leave it
             log.exception("rewriting %s failed", at)
             for product in products:
                 self.refuse(product, Refusal(Reason.FAILED, f"{type(error).__name__}: {error}"))
             return False
-        at.replace_all_uses_with(new)
-        self._moved[at] = new
+        self._entry_of[new] = len(self.rewritten)
         self.rewritten.append(self._entry(products, op, source))
         log.debug("%s -> %s", at, op)
         self._drop(products)
         return True
+
+    def absorb(self, done: fx.Node, at: fx.Node, epilogue: str, build: Callable[[], fx.Node]) -> bool:
+        """Put what ``build`` emits in the place of ``at`` and of ``done``, an earlier rewrite's node that it follows.
+
+        The report says that ``epilogue`` is part of it now. False, and nothing has changed, if it failed.
+        """
+        try:
+            self._put(at, build)
+        except Exception:  # what it follows stands as it did
+            log.exception("taking %s into %s failed", at, done)
+            return False
+        place = self._entry_of.get(done)
+        if place is not None:
+            self.rewritten[place] = replace(self.rewritten[place], epilogue=epilogue)
+        return True
+
+    def _put(self, at: fx.Node, build: Callable[[], fx.Node]) -> fx.Node:
+        self._at = at
+        new = build()
+        _check_same(at, new)
+        at.replace_all_uses_with(new)
+        self._moved[at] = new
+        return new
 
     def refuse(self, product: Product, refusal: Refusal) -> None:
         """Leave a product, with the reason."""

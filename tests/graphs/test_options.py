@@ -75,8 +75,8 @@ def test_an_option_unlike_any_other_gets_the_list():
         ({"target_sm": 9}, "80 or 90"),
         ({"require_match": "yes"}, "True or False"),
         ({"check": 1}, "True or False"),
-        ({"disable": "linear"}, "linear, lookup, moe, experts"),
-        ({"disable": ["linears"]}, "linear, lookup, moe, experts"),
+        ({"disable": "linear"}, "a list of passes among unfuse, linear, epilogue"),
+        ({"disable": ["linears"]}, "a list of passes among unfuse, linear, epilogue"),
         ({"activations": "fp4"}, "bf16, emulate"),
     ],
 )
