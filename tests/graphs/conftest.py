@@ -10,7 +10,7 @@ from fp4pass.pipeline import Fp4Pass
 
 from .running import listing
 from .standins import StandIns
-from .vendors import IMPLEMENTATIONS, OTHERS
+from .vendors import IMPLEMENTATIONS, OTHERS, scaled_grouped_mm, scaled_grouped_mm_fake
 
 
 @pytest.fixture
@@ -35,6 +35,7 @@ def libraries():
         stand_ins.define(ROWS[name].schema, *stand_in)
     for schema, stand_in in OTHERS.items():
         stand_ins.define(schema, *stand_in)
+    stand_ins.implement("aten", "_scaled_grouped_mm_v2", scaled_grouped_mm, scaled_grouped_mm_fake)
     yield stand_ins
     stand_ins.close()
     # What was compiled with them.

@@ -24,13 +24,19 @@ class StandIns:
     def define(self, schema: str, run: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
         """An op that runs on the CPU and, unless ``fake`` says more, on fake tensors by the same function."""
         namespace, _, rest = schema.partition("::")
+        self._library(namespace).define(rest)
+        self.implement(namespace, rest.partition("(")[0], run, fake or run)
+
+    def implement(self, namespace: str, name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        """What an op does that exists already, but neither on the CPU nor on fake tensors."""
+        library = self._library(namespace)
+        library.impl(name, run, "CPU")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+    def _library(self, namespace: str) -> torch.library.Library:
         if namespace not in self._libraries:
             self._libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
-        library = self._libraries[namespace]
-        library.define(rest)
-        name = rest.partition("(")[0]
-        library.impl(name, run, "CPU")
-        torch.library.register_fake(f"{namespace}::{name}", fake or run, lib=library)
+        return self._libraries[namespace]
 
     def close(self) -> None:
         """Forget all ops."""

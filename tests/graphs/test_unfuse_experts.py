@@ -16,6 +16,7 @@ SIZES = (4, 0, 7)
 
 
 pytestmark = pytest.mark.usefixtures("libraries")
+E4M3, E2M1 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
 
 
 def starts() -> torch.Tensor:
@@ -40,20 +41,37 @@ def layer_of_experts(run) -> Layer:
     layer.alpha /= factors / FACTOR
     layer.register_buffer("starts", starts())
     layer.register_buffer("scale_starts", torch.tensor([0, 128, 256], dtype=torch.int32))
+    layer.register_buffer("tile_starts", torch.tensor([0, 128, 128], dtype=torch.int32))
+    layer.register_buffer("ends", torch.tensor(SIZES, dtype=torch.int32).cumsum(0, dtype=torch.int32))
     layer.register_buffer("sizes", torch.tensor([[size, N, K] for size in SIZES], dtype=torch.int32))
     return layer
 
 
+def grouped_by_torch(m: Layer, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """torch's product behind vLLM's quantization."""
+    rows, columns = x.shape
+    codes, scale = x.new_empty(rows, columns // 2, dtype=torch.uint8), x.new_empty(3 * 128, 8, dtype=torch.uint8)
+    quantize = ops._C.scaled_fp4_experts_quant if gate is None else ops._C.silu_and_mul_scaled_fp4_experts_quant
+    values = x if gate is None else torch.cat((x, gate), -1)
+    quantize(codes, scale, values, m.factors, m.starts, m.tile_starts)
+    scales = [scale.view(E4M3), 1 / m.factors], [m.scale.view(E4M3), m.alpha * m.factors]
+    return ops.aten._scaled_grouped_mm_v2(
+        codes.view(E2M1), m.codes.mT.view(E2M1), scales[0], [2, 0], [1, 0], scales[1], [2, 0], [1, 0], m.ends, None,
+        torch.bfloat16
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("emulate", [False, True])
 @pytest.mark.parametrize("with_gate", [False, True])
+@pytest.mark.parametrize("run_layer", [grouped, grouped_by_torch])
 @torch.no_grad()
-def test_a_grouped_product_is_one_of_ours(with_gate, emulate):
-    layer = layer_of_experts(grouped)
+def test_a_grouped_product_is_one_of_ours(run_layer, with_gate, emulate):
+    layer = layer_of_experts(run_layer)
     x = activations(sum(SIZES), K, dtype=torch.bfloat16)
     gate = activations(sum(SIZES), K, dtype=torch.bfloat16, seed=2) if with_gate else None
     run = compiling(layer, {"check": True, "activations": "emulate" if emulate else "bf16"})
     got, want = run(x, gate), layer(x, gate)
-    assert foreign(run) == []
+    assert foreign(run) == [] and not any("scaled" in name for name in called(run.graphs[0]))
     (entry,) = run.report.rewritten
     assert (entry.op, entry.n, entry.k, entry.experts) == ("fp4pass.grouped_linear", N, K, EXPERTS)
     values = x.double() if gate is None else silu_times(torch.cat((x, gate), -1))

@@ -167,6 +167,25 @@ def _group_mm(out, a, b, sa, sb, alphas, sizes, starts, scale_starts):
             out[start : start + size] = multiply(a[start : start + size], b[e], own, sb[e], alphas[e], out.dtype)
 
 
+def scaled_grouped_mm(
+    a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, offs, bias=None, dtype=None, *_
+):
+    """torch's: each expert's block scales begin at a tile of their own, the weight comes as ``[E, K/2, N]``."""
+    out, start, begin = a.new_empty(a.shape[0], b.shape[2], dtype=dtype), 0, 0
+    tiles = scale_a[0].view(torch.uint8).reshape(-1, 128 * -(-a.shape[1] // 32) * 4)
+    for e, end in enumerate(offs.tolist()):
+        codes, weight = a[start:end].view(torch.uint8), b[e].view(torch.uint8).T.contiguous()
+        if end > start:
+            alpha = scale_a[1][e] * scale_b[1][e]
+            out[start:end] = multiply(codes, weight, tiles[begin:].flatten(), scale_b[0][e], alpha, dtype)
+        start, begin = end, begin + -(-(end - start) // 128)
+    return out
+
+
+def scaled_grouped_mm_fake(a, b, *rest):
+    return a.new_empty(a.shape[0], b.shape[2], dtype=rest[8])
+
+
 def _moe(x, ids, routing, up, down, activation, gate=None):
     """``up`` and ``down``: (codes, scale, alpha, factor) by expert."""
     rows = x.reshape(-1, x.shape[-1])

@@ -167,6 +167,7 @@ PRODUCTS = (
         wanted={"recipe_a.0": _BLOCKS_OF_16, "recipe_b.0": _BLOCKS_OF_16, "swizzle_a.0": _IN_TILES}
         | {"swizzle_b.0": _IN_TILES, "recipe_a.1": _WHOLE, "recipe_b.1": _WHOLE},
     ),
+    # torch 2.11 to 2.13 have no fake for it: it is in a graph only where somebody has registered one.
     Product(
         "aten::_scaled_grouped_mm_v2(Tensor self, Tensor mat2, Tensor[] scale_a, int[] recipe_a, int[] swizzle_a, "
         "Tensor[] scale_b, int[] recipe_b, int[] swizzle_b, Tensor? offs=None, Tensor? bias=None, "
