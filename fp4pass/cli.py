@@ -137,7 +137,7 @@ def _generate(given: argparse.Namespace) -> int:
 
 
 def _explain(given: argparse.Namespace) -> int:
-    model = skeleton(_located(given.checkpoint), dtype=DTYPES.get(given.dtype))
+    model = skeleton(_located(given.checkpoint), target_sm=given.target_sm, dtype=DTYPES.get(given.dtype))
     tokens = torch.zeros(1, given.tokens, dtype=torch.long, device="meta")
     options = {} if given.target_sm is None else {"target_sm": given.target_sm}
     report = explain(model, tokens, use_cache=False, options=options)

@@ -54,8 +54,13 @@ def explain(
         reports.append(report)
         return compiled
 
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Dynamo counts compiles by code object, and gives up on one that has too many: the model's own must not be used up.
+    call.__code__ = call.__code__.replace()
     with torch.no_grad(), _torch.many_recompiles():
-        torch.compile(model, backend=record, dynamic=dynamic)(*args, **kwargs)
+        torch.compile(call, backend=record, dynamic=dynamic)(*args, **kwargs)
     return sum(reports, _UNPACKED if is_unpacked(model) else Report())
 
 

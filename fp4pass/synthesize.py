@@ -61,10 +61,10 @@ def synthesize(
     ``dimensions`` are the fields of ``releases.Sizes``: hidden, experts, top_k, intermediate, shared, latent, heads,
     kv_heads, head_dim, mamba_heads, mamba_head_dim, groups, state, vocab. One left out, or None, is the release's own.
     ``format`` is that of the files, ``"modelopt"`` or ``"compressed-tensors"``; the latter has the release's NVFP4
-    linear layers, and everything else in BF16. ``jobs`` processes write shards of ``shard_bytes`` side by side, each
-    holding one in memory; with more than one the caller's module must be importable without side effects, as for any
-    spawned process. ``quantization_in_config`` puts the quantization into config.json beside hf_quant_config.json; 3 Nano does not, the
-    other releases do. The same arguments give the same bytes.
+    linear layers, and everything else in BF16. ``quantization_in_config`` puts the quantization into config.json beside
+    hf_quant_config.json; 3 Nano does not, the other releases do. ``jobs`` processes write shards of ``shard_bytes``,
+    each holding one in memory; more than one process are spawned, so that a script that asks for them must have its
+    ``if __name__ == "__main__"``. The same arguments give the same bytes.
 
     Raises OptionError for an unknown release, format or dimension and for values that the format or the model cannot
     have, and FileExistsError if ``directory`` holds a checkpoint already.

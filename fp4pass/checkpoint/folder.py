@@ -45,13 +45,18 @@ def check_folder(folder: Path) -> None:
     for name in ("config.json", "generation_config.json", "hf_quant_config.json"):
         if (folder / name).exists():
             read_json(folder / name)
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         check_place(file, folder)
         _check_safetensors(file)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers will read, in the order in which it looks for them."""
+def has_weights(folder: Path) -> bool:
+    """Whether ``folder`` has safetensors files, or an index of them."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers will read. Raises CheckpointError if there are none."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():

@@ -1,7 +1,8 @@
 """Linear layers in FP8, as mixed checkpoints have them beside their NVFP4 ones.
 
-Everything here is plain PyTorch. Weight-only (W8A16) decodes the weight for each product and works everywhere; W8A8
-also rounds the activations to E4M3, by the static scale of the checkpoint, and multiplies in FP8 where the GPU can.
+Weight-only (W8A16) multiplies activations as they are and works everywhere; W8A8 also rounds them to E4M3, by the
+static scale of the checkpoint, and multiplies in FP8 where the GPU can. Traced, both are plain PyTorch that decodes the
+weight and multiplies, the same for every device; outside tracing the module calls fp4pass's op.
 """
 
 from __future__ import annotations
@@ -9,19 +10,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.functional import ScalingType
 
 from fp4pass.errors import CheckpointError
-from fp4pass.lowering import reference
+from fp4pass.lowering import fp8, reference
 
 from .packed import PackedModule, Scalar
 
 W8A16, W8A8 = "w8a16", "w8a8"
 MODES = (W8A16, W8A8)
-
-_E4M3_MAX = 448.0
-_PIECE_BYTES = 256 << 20
-_FLOAT_BYTES = 4
 
 
 class FP8Linear(PackedModule):
@@ -55,29 +51,31 @@ class FP8Linear(PackedModule):
         else:
             self._add_scalar("input_scale", input_scale, device)
         self.bias = None if bias is None else nn.Parameter(torch.empty(out_features, dtype=bias, device=device), False)
-        self.mode, self._fixed_mode, self._on_fp8_gpu = W8A16, None, False
+        self.mode, self._fixed_mode, self._sm = W8A16, None, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product, in x's dtype (bfloat16, float16 or float32)."""
-        return self._in_fp8(x) if self.mode == W8A8 else self._weight_only(x)
-
-    def _weight_only(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return functional.linear(x, self.dense("weight", x.dtype), self.bias)
-        return self.reference_forward(x)
+        if not torch.compiler.is_compiling():
+            return torch.ops.fp4pass.fp8_linear(x, *self._arguments())
+        if self.mode == W8A8:
+            scale = self.input_scale.float()
+            x = (fp8.rounded(x, scale).float() * scale).to(x.dtype)
+        return functional.linear(x, self.dense("weight", x.dtype), self.bias)
 
     def reference_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The weight-only product, decoding at most 256 MB at a time."""
-        rows = max(1, _PIECE_BYTES // (2 * _FLOAT_BYTES * self.in_features))
-        pieces = self.weight.view(torch.float8_e4m3fn).split(rows)
-        total = [functional.linear(x, self._decoded(piece.float(), x.dtype)) for piece in pieces]
-        total = total[0] if len(total) == 1 else torch.cat(total, -1)
-        return total if self.bias is None else total + self.bias
+        """The same in plain PyTorch on any device, decoding at most 256 MB at a time."""
+        return fp8.reference(x, *self._arguments())
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] in ``dtype``, rounded once from float32 (float64 for float64)."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return self._decoded(reference.decode_scale(self._parameters[name].view(torch.uint8), wide), dtype)
+        values = reference.decode_scale(self._parameters[name].view(torch.uint8), wide)
+        return (values * self.weight_scale.to(wide)).to(dtype)
+
+    def _arguments(self) -> tuple[torch.Tensor | None, ...]:
+        """What the op takes beside x: weight, its scale, the input scale in W8A8 alone, bias."""
+        input_scale = self.input_scale.float() if self.mode == W8A8 else None
+        return self.weight.view(torch.uint8), self.weight_scale.float(), input_scale, self.bias
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -88,7 +86,7 @@ class FP8Linear(PackedModule):
         """Fix the mode, or leave it to the device again (None). Raises what ``check_mode`` raises."""
         self.check_mode(mode)
         self._fixed_mode = mode
-        self._choose_mode()
+        self.suit(self._sm)
 
     def check_mode(self, mode: str | None, name: str = "FP8Linear") -> None:
         """Raise CheckpointError for an unknown mode, and for W8A8 without a static input scale or with widths that no
@@ -109,39 +107,28 @@ class FP8Linear(PackedModule):
     def settle(self) -> None:
         """Take the bytes' dtype and the mode that belongs to the device that the weights arrived on."""
         super().settle()
-        self._choose_mode()
+        self.suit(sm_of(self.device))
+
+    def suit(self, sm: int | None) -> None:
+        """Take the mode for GPUs of generation ``sm`` (None: no GPU), unless one is fixed."""
+        self._sm = sm
+        in_fp8 = sm is not None and sm >= fp8.FIRST_FP8_SM
+        self.mode = self._fixed_mode or (W8A8 if in_fp8 and self._allows_w8a8 else W8A16)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, mode={self.mode}"
 
     @property
     def _allows_w8a8(self) -> bool:
-        return self.input_scale is not None and self.out_features % 16 == 0 and self.in_features % 16 == 0
-
-    def _choose_mode(self) -> None:
-        self._on_fp8_gpu = multiplies_fp8(self.device)
-        natural = W8A8 if self._allows_w8a8 and self._on_fp8_gpu else W8A16
-        self.mode = self._fixed_mode or natural
-
-    def _decoded(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return (values * self.weight_scale.to(values.dtype)).to(dtype)
-
-    def _in_fp8(self, x: torch.Tensor) -> torch.Tensor:
-        """Both operands in E4M3; values beyond the static scale's range saturate."""
-        scale = self.input_scale.float()
-        rounded = (x.float() / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-        if not self._on_fp8_gpu:  # the same rounding, then a product that every device has
-            return self._weight_only((rounded.float() * scale).to(x.dtype))
-        weight, one = self.weight.view(torch.float8_e4m3fn).t(), ScalingType.TensorWise
-        scales = (scale, one, self.weight_scale.float(), one)
-        total = functional.scaled_mm(rounded.flatten(0, -2), weight, *scales, output_dtype=x.dtype)
-        total = total.view(*x.shape[:-1], self.out_features)
-        return total if self.bias is None else total + self.bias
+        return self.input_scale is not None and fp8.in_fp8(self.out_features, self.in_features)
 
 
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU with FP8 tensor cores."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def sm_of(device: torch.device) -> int | None:
+    """The generation of a GPU, 90 for compute capability 9.0; None for other devices."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def set_fp8_mode(model: nn.Module, mode: str | None) -> None:

@@ -18,12 +18,13 @@ from fp4pass.errors import CheckpointError, Fp4passError, VersionError
 from .compressed import PARTS as COMPRESSED
 from .compressed import CompressedConfig, is_compressed
 from .config import QuantConfig, config_json_form
-from .folder import check_folder, read_json
-from .fp8 import set_fp8_mode
+from .folder import check_folder, has_weights, read_json, weight_files
+from .fp8 import FP8Linear, set_fp8_mode
 from .modules import MODELOPT
 from .packed import PackedModule
 from .quantizer import COMPRESSED_METHOD, METHOD, register
 from .replace import replace_quantized
+from .validate import read_headers
 
 logger = logging.getLogger("fp4pass.checkpoint")
 
@@ -67,11 +68,13 @@ def from_pretrained(path: str | Path, *, fp8: str | None = None, **kwargs: Any) 
     return model
 
 
-def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def skeleton(path: str | Path, *, target_sm: int | None = None, **kwargs: Any) -> PreTrainedModel:
     """The model of ``path`` on the meta device, packed layers in place, from its config files alone.
 
-    It has no weights and serves for tracing and proofs. ``dtype`` (default: the checkpoint's) and the arguments that
-    locate files on the hub are understood. Raises CheckpointError as ``from_pretrained`` does for the config files.
+    It has no weights and serves for tracing and proofs. Where ``path`` is a folder with safetensors files their headers
+    tell which layers have which scales; else FP8 layers are taken to have a static one for their input. These multiply
+    as they would on a GPU of generation ``target_sm``. ``dtype`` (default: the checkpoint's) and the arguments that
+    locate files on the hub are understood. Raises CheckpointError for config files as ``from_pretrained`` does.
     """
     config = _config(path, kwargs)
     facts = _facts(config) or {"quant_algo": None}
@@ -79,10 +82,13 @@ def skeleton(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     reader, parts = (CompressedConfig, COMPRESSED) if compressed else (QuantConfig, MODELOPT)
     precision = reader.from_dict(facts)
     model = _on_meta(config, kwargs.get("dtype") or config.dtype)
-    replace_quantized(model, precision, headers={}, parts=parts)
+    headers = read_headers(weight_files(Path(path))) if has_weights(Path(path)) else {}
+    replace_quantized(model, precision, headers, parts=parts)
     for module in model.modules():
         if isinstance(module, PackedModule):
             module.settle()
+        if isinstance(module, FP8Linear):
+            module.suit(target_sm)
     return model.eval()
 
 

@@ -114,12 +114,14 @@ class _Maker:
         }
 
     def _fp8(self, module: nn.Linear, layer: str) -> FP8Linear:
+        # Without files to look into: what ModelOpt means by FP8 has a static scale for its input.
+        usual = None if self._headers else Scalar()
         return FP8Linear(
             module.in_features,
             module.out_features,
             bias=None if module.bias is None else module.bias.dtype,
             weight_scale=self._scalar(f"{layer}.weight_scale") or Scalar(),
-            input_scale=self._scalar(f"{layer}.input_scale"),
+            input_scale=self._scalar(f"{layer}.input_scale") or usual,
         )
 
     def _scalar(self, name: str) -> Scalar | None:

@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 import fp4pass
 from fp4pass.checkpoint.load import skeleton
+from fp4pass.checkpoint.modules import NVFP4Linear
 from fp4pass.match.reasons import Reason
 
 from ..checkpoints.files import same_bytes
@@ -80,3 +81,14 @@ def test_a_gpu_that_is_not_served_is_told_why_and_keeps_the_graph(sm, reason, na
     assert {entry.remedy for entry in told.refused} == {reason.remedy}
     (graph,) = graphs
     assert not any("fp4pass" in str(node.target) for node in graph.nodes)
+
+
+@torch.no_grad()
+def test_explaining_does_not_use_up_the_compiles_of_a_function():
+    def product(x, layer):
+        return layer(x)
+
+    layers = [NVFP4Linear(32, 16, device="cpu") for _ in range(12)]
+    x = torch.randn(2, 32)
+    assert all(len(fp4pass.explain(product, x, layer).rewritten) == 1 for layer in layers)
+    torch.compile(product, backend="eager", fullgraph=True)(x, layers[0])  # raises beyond dynamo's limit of compiles
