@@ -345,4 +345,4 @@ def _stand_in(product: Product, matrices: torch.Tensor, columns: Symbol) -> Stan
     sizes = concrete(list(value(product.node).shape))
     shape: list[Any] = [plain(size) for size in sizes]
     shape[-2 if ids is not None and product.weight_left else -1] = (columns,)
-    return StandIn(tuple(shape), compute)
+    return StandIn(tuple(_row_inputs(product)), tuple(shape), compute)

@@ -59,6 +59,13 @@ class Convention:
     arrangement: Arrangement
     global_scale: str
 
+    def with_global(self, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """``weight [(E,) N, K]`` times, or over, its global scale (one value or one an expert), in place."""
+        if self.global_scale == ABSENT:
+            return weight
+        factor = factor.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
+        return weight.mul_(factor) if self.global_scale == MULTIPLY else weight.div_(factor)
+
     def __str__(self) -> str:
         words = {MULTIPLY: "global scale multiplies", DIVIDE: "global scale divides", ABSENT: "no global scale"}
         return f"{self.layout} {self.arrangement}, {words[self.global_scale]}"
@@ -125,25 +132,17 @@ def tiles(rows: int, groups: int) -> tuple[int, int]:
     return -(-rows // TILE_ROWS), -(-groups // TILE_GROUPS)
 
 
-def canonical(
-    convention: Convention,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    global_scale: torch.Tensor | None,
-    shape: list[int],
+def unscaled(
+    layout: str, arrangement: Arrangement, codes: torch.Tensor, scale: torch.Tensor, shape: list[int]
 ) -> torch.Tensor | None:
-    """The weight in float64, ``shape`` = ``[(E,) N, K]``, that the leaves mean, or None where the layout is not for it.
+    """The weight ``shape`` = ``[(E,) N, K]`` without its global scale, in float32; None if the layout is not for it.
 
-    codes and scale uint8 as the arrangement has them, global_scale one value or one an expert.
+    codes and scale uint8 as the arrangement has them.
     """
     *lead, k = shape
-    codes = codes_by_rows(run, convention.arrangement, codes, [*lead, k // 2])
-    scale = scales_by_rows(run, convention.arrangement, scale, [*lead, k // GROUP])
+    codes = codes_by_rows(run, arrangement, codes, [*lead, k // 2])
+    scale = scales_by_rows(run, arrangement, scale, [*lead, k // GROUP])
     try:
-        weight = dequantize(codes, scale, None, torch.float64, convention.layout)
+        return dequantize(codes, scale, None, torch.float32, layout)
     except ArgumentError:
         return None
-    if convention.global_scale == ABSENT:
-        return weight
-    factor = global_scale.to(torch.float64).reshape(-1, *[1] * (len(shape) - 1))
-    return weight * factor if convention.global_scale == MULTIPLY else weight / factor

@@ -9,7 +9,7 @@ import torch
 from fp4pass.lowering.layout import PLAIN, PLAIN_HIGH_FIRST, to_plain
 from fp4pass.lowering.reference import decode_codes
 from fp4pass.match.convention import ABSENT, MULTIPLY, Convention, codes_by_rows, run
-from fp4pass.match.fill import Fill, as_bytes, decoded, expected, weight_shape
+from fp4pass.match.fill import Fill, Meant, as_bytes, decoded, weight_shape
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.match.replay import Replay
 from fp4pass.match.roles import Roles
@@ -47,7 +47,7 @@ def _with(
 def _pair(roles: Roles, replay: Replay, fill: Fill, layout: str = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
     """(found, wanted) as ``[rows, K]``, the found one transposed if that makes the shapes agree."""
     mode = ABSENT if roles.global_scale is None else MULTIPLY
-    want = expected(Convention(layout, roles.arrangement, mode), roles, fill)
+    want = Meant(roles, fill)(Convention(layout, roles.arrangement, mode))
     found = decoded(roles, replay, fill)
     if found.shape != want.shape or (want.shape[-1] == want.shape[-2] and _rows_last(roles, replay, fill, want)):
         found = found.mT
@@ -62,7 +62,7 @@ def _rows_last(roles: Roles, replay: Replay, fill: Fill, want: torch.Tensor) -> 
 
 def _wrong_shape(roles: Roles, replay: Replay, fill: Fill) -> Refusal | None:
     mode = ABSENT if roles.global_scale is None else MULTIPLY
-    want = expected(Convention(PLAIN, roles.arrangement, mode), roles, fill)
+    want = Meant(roles, fill)(Convention(PLAIN, roles.arrangement, mode))
     found = decoded(roles, replay, fill)
     if sorted(found.shape) == sorted(want.shape):
         return None
@@ -87,7 +87,7 @@ def _wrong_codes(roles: Roles, replay: Replay, fill: Fill) -> Refusal | None:
 
 def _code_numbers(roles: Roles, fill: Fill, layout: str) -> torch.Tensor:
     """The number 0 to 15 of the code behind every weight, ``[rows, K]``."""
-    *rows, k = weight_shape(roles, fill)
+    *rows, k = weight_shape(roles, fill.sizes)
     stored = codes_by_rows(run, roles.arrangement, as_bytes(fill.of(roles.codes)), [*rows, k // 2])
     codes = to_plain(stored, layout)
     numbers = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fp4pass.match.cone import Cone, value
-from fp4pass.match.convention import GROUP, TILE_ROWS, Convention, canonical, tiles
+from fp4pass.match.convention import GROUP, TILE_ROWS, Convention, tiles, unscaled
 from fp4pass.match.dims import scaled
 from fp4pass.match.replay import Replay
 from fp4pass.match.roles import Roles, numel
@@ -42,22 +42,27 @@ class Fill:
         return None if node is None else self.leaves[node]
 
 
+def runs(roles: Roles, replay: Replay) -> list[Sizes | None]:
+    """The sizes to run at: two small ones, or the traced ones as often as it takes to see every scale byte."""
+    if replay.why_full:
+        return [None] * max(2, _BLOCKS // numel(roles.scale))
+    return [_sizes(roles, replay, which) for which in (0, 1)]
+
+
 def fills(cone: Cone, roles: Roles, replay: Replay) -> Iterator[Fill]:
     """The fills to try in turn, cheapest and most telling first."""
     generator = torch.Generator().manual_seed(0x4E5646)
-    if replay.why_full:
-        runs: list[Sizes | None] = [None] * max(2, _BLOCKS // numel(roles.scale))
-    else:
-        runs = [_sizes(roles, replay, which) for which in (0, 1)]
+    each_size = runs(roles, replay)
     # Half precision spans 2^-24 to 2^16 only; a cone that computes in it is probed inside that.
     narrow = any(value(n) is not None and value(n).dtype == torch.float16 for n in cone.nodes)
     reach = 2 if narrow else 10
     # Never 2^0, with which multiplying and dividing are the same.
-    for sizes, exponents in zip(runs, cycle(((1, 4), (-3, 0))), strict=False):
+    for sizes, exponents in zip(each_size, cycle(((1, 4), (-3, 0))), strict=False):
         yield _fill(roles, replay, sizes, generator, _FINITE, exponents)
-    yield _fill(roles, replay, runs[0], generator, _EXTREME, (reach, reach + 1))
-    yield _fill(roles, replay, runs[0], generator, _EXTREME, (-reach, -reach + 1))
-    yield _fill(roles, replay, runs[1], generator, _FINITE, None)
+    first, second, *_ = each_size
+    yield _fill(roles, replay, first, generator, _EXTREME, (reach, reach + 1))
+    yield _fill(roles, replay, first, generator, _EXTREME, (-reach, -reach + 1))
+    yield _fill(roles, replay, second, generator, _FINITE, None)
 
 
 def _sizes(roles: Roles, replay: Replay, which: int) -> Sizes:
@@ -107,17 +112,43 @@ def _fill(
     return Fill(leaves, sizes, exact=exponents is not None)
 
 
-def expected(convention: Convention, roles: Roles, fill: Fill) -> torch.Tensor | None:
-    """The weight that a convention makes of a fill's leaves, or None where it cannot be one."""
-    shape = weight_shape(roles, fill)
-    codes, scale = as_bytes(fill.of(roles.codes)), as_bytes(fill.of(roles.scale))
-    weight = canonical(convention, codes, scale, fill.of(roles.global_scale), shape)
-    return weight if weight is None or roles.ids is None else weight[fill.of(roles.ids)]
+class Meant:
+    """What the leaves of a fill mean under each convention. For conventions in turn a layout is decoded once."""
+
+    def __init__(self, roles: Roles, fill: Fill) -> None:
+        self._roles, self._fill = roles, fill
+        self._layout, self._weight = "", None
+
+    def __call__(self, convention: Convention) -> torch.Tensor | None:
+        """The weight in float64, ``[(E,) N, K]`` or ``[S, N, K]``, or None where the layout is not for its shape."""
+        if convention.layout != self._layout:
+            self._layout, self._weight = convention.layout, None  # one at a time is held
+            self._weight = self._without_global(convention.layout)
+        if self._weight is None:
+            return None
+        weight, ids, factor = self._weight.double(), self._roles.ids, self._roles.global_scale
+        if factor is not None:
+            weight = convention.with_global(weight, self._fill.of(factor))
+        return weight if ids is None else weight[self._fill.of(ids)]
+
+    def explains(self, found: torch.Tensor, convention: Convention) -> bool:
+        """Whether ``found`` (float64) is the weight that ``convention`` makes of the leaves."""
+        rows, columns = weight_shape(self._roles, self._fill.sizes)[-2:]
+        if found.shape[-2:] != (rows, columns):
+            return False
+        wanted = self(convention)
+        if wanted is None or wanted.shape != found.shape:
+            return False
+        return torch.equal(found, wanted) if self._fill.exact else torch.allclose(found, wanted, rtol=2**-6, atol=0)
+
+    def _without_global(self, layout: str) -> torch.Tensor | None:
+        codes, scale = (as_bytes(self._fill.of(leaf)) for leaf in (self._roles.codes, self._roles.scale))
+        return unscaled(layout, self._roles.arrangement, codes, scale, weight_shape(self._roles, self._fill.sizes))
 
 
-def weight_shape(roles: Roles, fill: Fill) -> list[int]:
-    """``[(E,) N, K]`` at the fill's sizes."""
-    sizes = fill.sizes or {}
+def weight_shape(roles: Roles, sizes: Sizes | None) -> list[int]:
+    """``[(E,) N, K]`` at these sizes."""
+    sizes = sizes or {}
     return [*(sizes.get(EXPERTS, size) for size in roles.lead), sizes.get(ROWS, roles.n), roles.k]
 
 

@@ -12,7 +12,7 @@ from fp4pass.match.anchors import Anchor, anchor_of
 from fp4pass.match.cone import CODE_DTYPES, Cone, Inputs, code_leaf, code_tainted, extract, looked_up, value
 from fp4pass.match.convention import Convention
 from fp4pass.match.proof import Weight, prove
-from fp4pass.match.reasons import Refusal
+from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.match.roles import assign, scale_leaf
 from fp4pass.match.structure import Memo, structure, table_bytes
 
@@ -47,7 +47,8 @@ class Product:
         codes = value(self.codes)
         experts = codes.shape[0] if codes.dim() == 3 else None
         rows = codes.shape[-2] if codes.dim() > 1 else 1
-        return experts, rows, 2 * codes.shape[-1] * codes.element_size()
+        elements_a_byte = 1 if self.weight.reason is Reason.EIGHT_BIT else 2
+        return experts, rows, elements_a_byte * codes.shape[-1] * codes.element_size()
 
 
 _VERDICTS = Memo()
@@ -98,10 +99,15 @@ def _is_byte_matrix(codes: fx.Node) -> bool:
 
 def _proven(cone: Cone, codes: fx.Node, inputs: Inputs) -> Weight | Refusal:
     """`prove`, or what it said of a cone of the same structure and tables. A verdict kept names no node."""
+    readings = assign(cone, codes, inputs)
+    if isinstance(readings, Refusal):
+        return readings
 
-    def find() -> tuple[Convention, bool, Sizes] | Refusal:
-        found = prove(cone, codes, inputs)
-        return found if isinstance(found, Refusal) else (found.convention, found.rows_last, found.roles.sizes)
+    def find() -> tuple[int, Convention, bool] | Refusal:
+        found = prove(cone, readings)
+        if isinstance(found, Refusal):
+            return found
+        return readings.index(found.roles), found.convention, found.rows_last
 
     tables = [(leaf, inputs.table(leaf)) for leaf in cone.leaves]
     known = [
@@ -111,7 +117,5 @@ def _proven(cone: Cone, codes: fx.Node, inputs: Inputs) -> Weight | Refusal:
     verdict = _VERDICTS(key, find)
     if isinstance(verdict, Refusal):
         return verdict
-    convention, rows_last, sizes = verdict
-    readings = assign(cone, codes, inputs)
-    roles = next(r for r in readings if r.sizes == sizes and r.arrangement == convention.arrangement)
-    return Weight(roles, convention, rows_last)
+    number, convention, rows_last = verdict
+    return Weight(readings[number], convention, rows_last)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from fp4pass.match.dims import NotRescalableError, Shape, Symbol, divisors
+from fp4pass.match.dims import NotRescalableError, Shape, Symbol, divisors, scaled
 from fp4pass.match.shapes import Context, Sizes, Step, concrete, step
+from fp4pass.match.structure import placed
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -21,8 +22,9 @@ CANNOT_RUN = (RuntimeError, TypeError, ValueError, IndexError)
 
 @dataclass(frozen=True)
 class StandIn:
-    """What a node is taken for instead of being run: its shape, and its value from the values so far."""
+    """What a node is taken for instead of being run: its shape, and its value from those of the nodes it ``reads``."""
 
+    reads: tuple[fx.Node, ...]
     shape: Shape
     value: Callable[[Mapping[fx.Node, Any]], torch.Tensor]
 
@@ -54,6 +56,7 @@ class Replay:
         self._part = part
         self._steps: dict[fx.Node, Step] = {}
         self._calls = {node: (concrete(node.args), _on_cpu(concrete(node.kwargs))) for node in part.nodes}
+        self._last_reads = _last_reads(part)
         self.leaf_shapes = part.leaf_shapes
         self.why_full: str | None = None
         shapes: dict[fx.Node, Any] = dict(part.leaf_shapes)
@@ -64,27 +67,55 @@ class Replay:
                 self._steps[node] = found = step(node, context) if stand_in is None else Step(stand_in.shape)
                 shapes[node] = found.shape
         except NotRescalableError as error:
-            self.why_full = f"{node.name}: {error}"
+            self.why_full = f"{node.target}: {error}"
         self.needs = {symbol.name: 1 for symbol in part.symbols}
         for shape in shapes.values():
             for each in shape if isinstance(shape, list) else [shape]:
                 for name, divisor in divisors(each).items():
                     self.needs[name] = math.lcm(self.needs[name], divisor)
 
+    def calls(self, runs: Sequence[Sizes]) -> Hashable:
+        """What is called at each of these sizes, without names. Parts that call the same compute the same from equal
+        leaves, given in the same order."""
+        index = {node: i for i, node in enumerate((*self.leaf_shapes, *self._part.nodes))}
+        leaves = [[scaled(dim, sizes) for dim in shape] for shape in self.leaf_shapes.values() for sizes in runs]
+        called = []
+        for node in self._part.nodes:
+            at = [self._arguments(node, sizes) for sizes in (runs if self._steps[node].arguments else runs[:1])]
+            called.append((node.target, placed((at, self._calls[node][1]), index)))
+        return repr(leaves), tuple(called)
+
+    def _arguments(self, node: fx.Node, sizes: Sizes | None) -> Any:
+        """The positional arguments of a call."""
+        arguments = self._steps[node].arguments if sizes is not None else None
+        return self._calls[node][0] if arguments is None else concrete(arguments(sizes))
+
     def __call__(self, leaves: Mapping[fx.Node, torch.Tensor], sizes: Sizes | None) -> torch.Tensor:
         """The root's value; ``sizes`` None runs at the traced sizes."""
         values: dict[fx.Node, Any] = dict(leaves)
         for node in self._part.nodes:
-            if node in self._part.stand_ins:
-                values[node] = self._part.stand_ins[node].value(values)
-                continue
-            positional, named = self._calls[node]
-            arguments = self._steps[node].arguments if sizes is not None else None
-            if arguments is not None:
-                positional = concrete(arguments(sizes))
-            positional, named = fx.node.map_arg((positional, named), values.__getitem__)
-            values[node] = _CPU_FORMS.get(node.target, node.target)(*positional, **named)
+            values[node] = self._value(node, values, sizes)
+            for done in self._last_reads[node]:
+                del values[done]
         return values[self._part.root]
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], sizes: Sizes | None) -> Any:
+        if node in self._part.stand_ins:
+            return self._part.stand_ins[node].value(values)
+        given = self._arguments(node, sizes), self._calls[node][1]
+        positional, named = fx.node.map_arg(given, values.__getitem__)
+        return _CPU_FORMS.get(node.target, node.target)(*positional, **named)
+
+
+def _last_reads(part: Part) -> dict[fx.Node, list[fx.Node]]:
+    """For each node those that no later one reads, so that their values need not be kept."""
+    read, found = {part.root}, {}
+    for node in reversed(part.nodes):
+        stand_in = part.stand_ins.get(node)
+        inputs = node.all_input_nodes if stand_in is None else stand_in.reads
+        found[node] = [n for n in dict.fromkeys(inputs) if n not in read]
+        read.update(inputs)
+    return found
 
 
 def _histc(numbers: torch.Tensor, *bins: Any) -> torch.Tensor:

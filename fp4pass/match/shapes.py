@@ -69,6 +69,8 @@ class Context:
 
 def concrete(argument: Any) -> Any:
     """The argument with traced sizes replaced by their hints (no guard is added)."""
+    if type(argument) in _WITHOUT_SIZES:
+        return argument
     if isinstance(argument, (list, tuple)):
         return type(argument)([concrete(each) for each in argument])
     if isinstance(argument, dict):
@@ -76,6 +78,9 @@ def concrete(argument: Any) -> Any:
     if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), (int, torch.SymInt)):
         argument = argument.meta["val"]
     return argument.node.hint if isinstance(argument, torch.SymInt) else argument
+
+
+_WITHOUT_SIZES = frozenset((int, float, bool, str, type(None), torch.dtype))
 
 
 def step(node: fx.Node, context: Context) -> Step:

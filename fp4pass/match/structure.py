@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -38,11 +37,19 @@ class Memo:
         return verdict
 
 
-@dataclass(frozen=True)
 class _Place:
-    """A node, by its place among the others."""
+    """A node, by its place among the others. Written without quotes, so that no string looks like it."""
 
-    number: int
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __repr__(self) -> str:
+        return f"@{self._number}"
+
+
+def placed(arguments: Any, index: Mapping[fx.Node, int]) -> str:
+    """Arguments written down with every node in ``index`` as its place. (As text 1, 1.0 and True differ.)"""
+    return repr(concrete(fx.node.map_arg(arguments, lambda node: _Place(index[node]) if node in index else node)))
 
 
 def structure(
@@ -54,9 +61,6 @@ def structure(
     """
     index = {node: i for i, node in enumerate((*leaves, *nodes))}
 
-    def neutral(arguments: Any) -> str:
-        return repr(concrete(fx.node.map_arg(arguments, lambda node: _Place(index[node]) if node in index else node)))
-
     def metadata(node: fx.Node) -> Hashable:
         tensor = value(node)
         return tensor is not None and (str(tensor.dtype), repr(concrete([*tensor.shape, *tensor.stride()])))
@@ -65,9 +69,9 @@ def structure(
     for node in nodes:
         if stand_ins and node in stand_ins:
             description, reads = stand_ins[node]
-            operations.append((description, neutral(tuple(reads)), metadata(node)))
+            operations.append((description, placed(tuple(reads), index), metadata(node)))
             continue
-        operations.append((str(node.target), neutral(node.args), neutral(node.kwargs)))
+        operations.append((node.target, placed(node.args, index), node.kwargs and placed(node.kwargs, index)))
     return (tuple(map(metadata, leaves)), tuple(operations))
 
 
