@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint bench clean
+.PHONY: demo test fuzz lint bench memcheck clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -21,6 +21,12 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m fp4pass bench $(ARGS)
+
+# On a GPU, with compute-sanitizer of the CUDA toolkit. Each tensor gets an allocation of its own: inside of torch's pool
+# an access beyond a tensor would still be within its block.
+memcheck: .venv/ready
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(BIN)/python -m pytest -m gpu tests/kernels/test_gpu_memory.py
 
 # torch first and by itself: with a CPU build in place nothing later pulls the CUDA packages in.
 .venv/ready: pyproject.toml

@@ -151,6 +151,31 @@ def test_linear_meets_the_oracle_at_the_other_launches_widths(n, k, dtype):
 
 
 @pytest.mark.parametrize("rows", EACH_TILE)
+@pytest.mark.parametrize("activation", tuple(reference.ACTIVATIONS))
+def test_activation_and_cast_come_after_the_bias(activation, rows):
+    operands, bias = dense(208, 1856), normal(208, seed=9)
+    x = normal(rows, 1856)
+    for added in (None, bias):
+        exact = reference.ACTIVATIONS[activation](exact_linear(x, *operands, added))
+        result = fp4pass.linear(x, *operands, added, ORDER, activation)
+        assert result.dtype == x.dtype
+        assert_within(result, exact, DENSE[torch.bfloat16], added is None)
+        unrounded = fp4pass.linear(x, *operands, added, ORDER, activation, torch.float32)
+        assert unrounded.dtype == torch.float32
+        assert_within(unrounded, exact, 1e-5, added is None)
+        assert torch.equal(unrounded.to(x.dtype), result)
+
+
+@pytest.mark.parametrize("rows", EACH_TILE)
+def test_activations_keep_nan(rows):
+    operands, x = dense(208, 1856), normal(rows, 1856)
+    x[rows // 2, 7] = torch.nan
+    for activation in reference.ACTIVATIONS:
+        result = fp4pass.linear(x, *operands, None, ORDER, activation)
+        assert result[rows // 2].isnan().all() and result.isnan().sum() == 208
+
+
+@pytest.mark.parametrize("rows", EACH_TILE)
 def test_strides_of_x_and_where_it_starts_change_nothing(rows):
     k = 1856
     operands, bias = dense(208, k), normal(208, seed=9)
