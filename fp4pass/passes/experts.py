@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fp4pass.match.block import are_places
 from fp4pass.match.cone import value
 from fp4pass.match.products import Product
 from fp4pass.match.reasons import Reason, Refusal
@@ -72,8 +73,10 @@ def _grouped(rewriter: Rewriter, product: Product) -> fx.Node:
     return rewriter.call(ops.grouped_linear.default, product.x, codes, scale, factor, _offsets(product), layout)
 
 
-def _counted_from_the_front(rewriter: Rewriter, ids: fx.Node, experts: int) -> fx.Node:
-    """Indexing counts negative ids from the last expert; the op gives zero for them."""
+def counted_from_the_front(rewriter: Rewriter, ids: fx.Node, experts: int) -> fx.Node:
+    """Indexing counts negative ids from the last expert; the op gives zero for them. Places have no sign to look at."""
+    if are_places(ids):
+        return ids
     negative = rewriter.call(aten.lt.Scalar, ids, 0)
     return rewriter.call(aten.where.self, negative, rewriter.call(aten.add.Tensor, ids, experts), ids)
 
@@ -82,6 +85,6 @@ def _gathered(rewriter: Rewriter, product: Product) -> fx.Node:
     unit = 2 if product.weight_left else 1
     rows = rewriter.call(aten.squeeze.dim, product.x, unit)
     codes, scale, factor, layout = rewriter.operands(product)
-    ids = _counted_from_the_front(rewriter, product.weight.roles.ids, product.weight.roles.experts)
+    ids = counted_from_the_front(rewriter, product.weight.roles.ids, product.weight.roles.experts)
     out = rewriter.call(ops.gathered_linear.default, rows, codes, scale, factor, ids, layout)
     return rewriter.call(aten.unsqueeze.default, out, unit)

@@ -7,6 +7,8 @@ from torch import fx
 
 from fp4pass.match.block import Block, find_blocks
 from fp4pass.match.cone import value
+from fp4pass.match.trial import Stranger
+from fp4pass.passes.experts import counted_from_the_front
 from fp4pass.passes.rewriter import ACTIVATION_DTYPES, Rewriter
 
 aten, ops = torch.ops.aten, torch.ops.fp4pass
@@ -26,17 +28,26 @@ def rewrite_moe(rewriter: Rewriter) -> None:
         %out = fp4pass.experts(%hidden, %ids, %weights, %up codes, scale, global, %down ..., activation, layout)
     """
     for block in find_blocks(rewriter.products):
-        layouts = {p.weight.convention.layout for p in (block.up, block.down)}
-        dtype = value(block.hidden).dtype
-        if len(layouts) == 1 and dtype in ACTIVATION_DTYPES and value(block.end).dtype == dtype:
-            rewriter.replace([block.up, block.down], block.end, "fp4pass.experts", lambda b=block: _build(rewriter, b))
+        region = block.region
+        products = [region.up, region.down]
+        dtype = value(region.hidden).dtype
+        one_layout = region.up.weight.convention.layout == region.down.weight.convention.layout
+        if one_layout and dtype in ACTIVATION_DTYPES and value(region.end).dtype == dtype:
+            rewriter.replace(products, region.end, "fp4pass.experts", lambda b=block: _build(rewriter, b))
 
 
 def _build(rewriter: Rewriter, block: Block) -> fx.Node:
-    *up, layout = rewriter.operands(block.up)
-    *down, _ = rewriter.operands(block.down)
-    ids = block.ids
-    if block.clamps_ids:
+    region, meaning = block.region, block.meaning
+    *up, layout = rewriter.operands(region.up)
+    *down, _ = rewriter.operands(region.down)
+    experts = region.up.weight.roles.experts
+    ids = region.ids
+    if meaning.below == Stranger.FROM_THE_END:
+        ids = counted_from_the_front(rewriter, ids, experts)
+    if meaning.below == Stranger.NEAREST:
         ids = rewriter.call(aten.clamp_min.default, ids, 0)
-        ids = rewriter.call(aten.clamp_max.default, ids, block.up.weight.roles.experts - 1)
-    return rewriter.call(ops.experts.default, block.hidden, ids, block.weights, *up, *down, block.activation, layout)
+    if meaning.beyond == Stranger.NEAREST:
+        ids = rewriter.call(aten.clamp_max.default, ids, experts - 1)
+    return rewriter.call(
+        ops.experts.default, region.hidden, ids, region.weights, *up, *down, meaning.activation, layout
+    )

@@ -278,13 +278,50 @@ def test_tokens_later_than_those_traced(late):
         assert relative_error(result, module(*routing(tokens)).double()) < 1e-6
 
 
-@pytest.mark.xfail(reason="ids below zero are no routing; the op counts them as nothing")
 @pytest.mark.parametrize("parallel", [False, True])
 @torch.no_grad()
-def test_negative_ids_count_from_the_end(parallel):
+def test_ids_below_zero(parallel):
+    """An index counts them from the end; transformers clamps them where experts are spread over devices."""
     module, (x, ids, weights) = Routed(FORMS["gathered"], parallel=parallel), routing(3)
     inputs = x, ids - E, weights
-    assert relative_error(compiled(module, *inputs)[0], module(*inputs).double()) < 1e-6
+    result, ops = compiled(module, *inputs)
+    assert ops == ["fp4pass.experts"]
+    assert relative_error(result, module(*inputs).double()) < 1e-6
+
+
+def shifted_below_zero(ids):
+    return torch.where(ids < 0, (ids + E + 1) % E, ids)
+
+
+def only_the_last_from_the_end(ids):
+    return torch.where(ids == -1, E - 1, ids.clamp(min=0))
+
+
+@pytest.mark.parametrize("mapped", [shifted_below_zero, only_the_last_from_the_end])
+@torch.no_grad()
+def test_ids_below_zero_that_a_block_maps_otherwise(mapped):
+    module, (x, ids, weights) = Routed(written(ids=mapped)), routing(3)
+    inputs = x, ids - E, weights
+    result, ops = compiled(module, *inputs)
+    assert ops == ["fp4pass.gathered_linear"] * 2
+    assert relative_error(result, module(*inputs).double()) < 1e-6
+
+
+@torch.no_grad()
+def test_ids_that_a_top_k_has_chosen_are_not_looked_at():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = Routed(FORMS["gathered"])
+
+        def forward(self, x, scores):
+            weights, ids = scores.topk(K, -1)
+            return self.experts(x, ids.int(), weights)
+
+    run, model, x = compiling(Model(), {"check": True}), Model(), routing(3)[0]
+    scores = torch.rand(3, E)
+    assert relative_error(run(x, scores), model(x, scores).double()) < 1e-6
+    assert not {"aten.lt.Scalar", "aten.where.self"} & set(called(run.graphs[0]))
 
 
 @torch.no_grad()
