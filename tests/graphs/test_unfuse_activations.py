@@ -8,6 +8,7 @@ from torch.nn import functional
 
 import fp4pass
 from fp4pass.errors import ActivationError
+from fp4pass.match.cone import value
 from fp4pass.match.reasons import Reason
 
 from . import fused
@@ -17,8 +18,11 @@ from .standins import fake_codes
 from .test_unfuse import ROUNDED, foreign
 
 E4M3, E2M1 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
-IN_FP8 = 0.04
-"""An activation that was once in FP8, as relative error of a product."""
+
+
+def fp8_nodes(run):
+    """What the graph still computes in FP8."""
+    return [n for n in run.graphs[0].nodes if n.op == "call_function" and getattr(value(n), "dtype", None) == E4M3]
 
 
 pytestmark = pytest.mark.usefixtures("libraries")
@@ -72,8 +76,11 @@ def test_an_activation_in_fp8_is_undone(run_layer, activation):
     got = run(x)
     assert not run.report.refused and "fp4pass.linear.default" in called(run.graphs[0])
     exact = x.double() @ layer.exact_weight().T
-    in_plain = activation == "bf16" and run_layer not in (divided, multiplied)
-    assert relative_error(got, exact) < (ROUNDED if in_plain else IN_FP8 if activation == "bf16" else 0.12)
+    assert not fp8_nodes(run) or run_layer is dynamic_by_vllm
+    if activation == "bf16":
+        assert relative_error(got, exact) < ROUNDED
+    else:
+        assert 0.05 < relative_error(got, exact) < 0.12
 
 
 def fp8_argument(m: Layer, x: torch.Tensor) -> torch.Tensor:

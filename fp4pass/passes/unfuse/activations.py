@@ -98,7 +98,7 @@ class Activations:
             return Refusal(Reason.FP8_ACTIVATION, f"{node.name}: {value(node).dtype}, {_maker(node)}")
         made = self._graph.made_by(unviewed(node))
         if made is None:
-            return _undone_cast(node, at)
+            return _undone_cast(node, at, self._graph.emulate)
         call, _ = made
         if isinstance(call.row, Attention):
             twin = self.twin(call)
@@ -110,8 +110,7 @@ class Activations:
             return source
         if value(scale).numel() != 1:
             return Refusal(Reason.FP8_ACTIVATION, f"{node.name} has {tuple(value(scale).shape)} scales, not one")
-        dtype = value(source).dtype
-        return emit(at, lambda x, s: twins.from_fp8(x, s, dtype), node, scale)
+        return emit(at, twins.through_fp8, source, scale)
 
     def _quantizer(self, call: Call) -> dict[str, Any] | Refusal:
         row, arguments = call.row, call.arguments
@@ -178,10 +177,12 @@ def unviewed(node: fx.Node) -> fx.Node:
     return node
 
 
-def _undone_cast(node: fx.Node, at: fx.Node) -> fx.Node | Refusal:
-    """An FP8 cast written out, ``(x / s).to(e4m3)`` or ``(x * s).to(e4m3)`` with a clamp perhaps: times s, or 1 / s."""
+def _undone_cast(node: fx.Node, at: fx.Node, emulate: bool) -> fx.Node | Refusal:
+    """An FP8 cast written out, ``(x / s).to(e4m3)`` or ``(x * s).to(e4m3)`` with a clamp perhaps: what was cast, times
+    s or 1 / s. Only emulation rounds it, and in plain operations: not every GPU's compiler knows the dtype."""
     cast = unviewed(node)
-    before = cast.args[0] if cast.op == "call_function" and cast.all_input_nodes else None
+    scaled = cast.args[0] if cast.op == "call_function" and cast.all_input_nodes else None
+    before = scaled
     while isinstance(before, fx.Node) and before.target in _BOUNDS | _VIEWS:
         before = before.args[0]
     if not isinstance(before, fx.Node) or before.target not in (aten.mul.Tensor, aten.div.Tensor):
@@ -190,11 +191,14 @@ def _undone_cast(node: fx.Node, at: fx.Node) -> fx.Node | Refusal:
     if not isinstance(scale, fx.Node) or not _is_static(scale):
         return Refusal(Reason.FP8_ACTIVATION, f"{node.name}, its scale is no static one")
     multiplied, dtype = before.target is aten.mul.Tensor, value(before.args[0]).dtype
+    shape = [size if isinstance(size, int) else -1 for size in value(node).shape]
 
     def undo(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return twins.from_fp8(x, s.float().reciprocal() if multiplied else s, dtype)
+        s = s.float().reciprocal() if multiplied else s.float()
+        x = twins.round_to(x.float(), twins.E4M3) if emulate else x.float()
+        return (x * s.reshape(())).to(dtype).reshape(shape)
 
-    return emit(at, undo, node, scale)
+    return emit(at, undo, scaled, scale)
 
 
 def _is_static(scale: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from fp4pass.lowering.layout import PLAIN
-from fp4pass.lowering.reference import GROUP, decode_scale, relu2
+from fp4pass.lowering.reference import GROUP, relu2
 
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 E2M1 = (1, 0, E2M1_MAX)
@@ -90,9 +90,10 @@ def per_row(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return wide.reshape(()) if wide.dim() else wide
 
 
-def from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """E4M3 times its static scale, in float32, cast once. Decoded by integers: Triton has no E4M3 below SM89."""
-    return (decode_scale(x.view(torch.uint8)) * scale.float().reshape(())).to(dtype)
+def through_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x`` divided by its static scale, rounded to E4M3 and multiplied again, in its own dtype."""
+    unit = scale.float().reshape(())
+    return (round_to(x.float() / unit, E4M3) * unit).to(x.dtype)
 
 
 def row_major(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
