@@ -113,6 +113,10 @@ class Reason(Enum):
         "this GPU is below SM80",
         "fp4pass needs an Ampere, Ada or Hopper GPU",
     )
+    UNKNOWN_FP4 = (
+        "an operation has FP4 in its name and is not known",
+        "if it needs SM100, build the model without it, so that its layer stays in bfloat16",
+    )
     UNKNOWN_OP = (
         "the weight is computed by an operation that cannot be run for the proof",
         "decode with plain PyTorch operations",

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("libraries")
 @pytest.fixture(scope="module", autouse=True)
 def operations_without_a_row(libraries):
     libraries.define("trtllm::nobody_knows(Tensor x) -> Tensor", lambda x: x.float())
+    libraries.define("trtllm::new_nvfp4_linear(Tensor x, Tensor w) -> Tensor", lambda x, w: x.clone())
     libraries.define(
         "trtllm::mnnvl_fusion_allreduce(Tensor input) -> (Tensor, Tensor)",
         lambda x: ops.trtllm.fp4_quantize(x, torch.tensor(1.0), 16),
@@ -90,6 +91,15 @@ def test_codes_that_somebody_unknown_reads_are_refused_and_the_rest_is_rewritten
     (entry,) = run.report.refused
     assert Reason.FP4_CONSUMER.sentence in entry.reason and "nobody_knows" in entry.reason and entry.lost
     assert torch.equal(got[1], want[1])
+
+
+@torch.no_grad()
+def test_an_op_that_is_not_known_but_named_after_fp4_is_listed():
+    run = compiling(Layer(lambda m, x: ops.trtllm.new_nvfp4_linear(x, m.codes) + x))
+    run(rows())
+    (entry,) = run.report.refused
+    assert entry.op == "trtllm::new_nvfp4_linear" and entry.module == "codes" and not entry.lost
+    assert entry.reason == Reason.UNKNOWN_FP4.sentence and entry.remedy == Reason.UNKNOWN_FP4.remedy
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -93,6 +93,18 @@ class FusedGraph:
             self.rewriter.refused.append(_refusal(call, refusal))
 
 
+def list_unknown(rewriter: Rewriter) -> None:
+    """List what other libraries call FP4 and no row describes: it is not ours to judge, and not to pass unseen."""
+    for node in rewriter.graph.nodes:
+        op = called_op(node)
+        name = "" if op is None else op._schema.name
+        is_known = name in ROWS or name.startswith("fp4pass::")
+        if "fp4" in name.lower() and "mxfp4" not in name.lower() and not is_known:
+            why = Reason.UNKNOWN_FP4
+            read = _positions([n for n in node.all_input_nodes if rewriter.inputs.is_constant(n)])
+            rewriter.refused.append(Entry("", name, reason=why.sentence, remedy=why.remedy, inputs=read))
+
+
 def refuse_products(rewriter: Rewriter, refusal: Refusal) -> None:
     """List every known product as left, where the un-fusing did not run."""
     for call in _known_calls(rewriter.graph):
@@ -117,33 +129,22 @@ def _refusal(call: Call, refusal: Refusal) -> Entry:
 
 
 def _entry(call: Call, op: str, **more: str | bool) -> Entry:
-    matrix = _matrix(call)
-    named = call.node.all_input_nodes if matrix is None else [origin(matrix.codes)]
-    shape = {} if matrix is None else {"n": matrix.n, "k": matrix.k, "experts": matrix.experts}
-    positions = [_torch.input_position(node) for node in named if node.op == "placeholder"]
-    return Entry("", op, source=call.row.name, inputs=tuple(p for p in positions if p is not None), **shape, **more)
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """What a report says of a weight: its codes, rows N, columns K, and experts (0: a single matrix)."""
-
-    codes: fx.Node
-    n: int
-    k: int
-    experts: int
-
-
-def _matrix(call: Call) -> _Matrix | None:
-    """The weight of a product, from codes ``[(E,) N, K/2]`` or ``[(E,) K/2, N]``; of a list of experts the first's."""
+    """A product's entry measures its weight, from codes ``[(E,) N, K/2]`` or ``[(E,) K/2, N]``; of a list of experts
+    the first's. Any other's names what the call reads."""
     row = call.row
     if not isinstance(row, (Product, Experts)):
-        return None
+        return Entry("", op, source=row.name, inputs=_positions(call.node.all_input_nodes), **more)
     codes = pick(call.arguments, row.codes)
     *lead, n, half = value(codes).shape
     if isinstance(row, Product) and row.transposed:
         n, half = half, n
-    return _Matrix(codes, n, 2 * half, lead[0] if lead else 0)
+    experts = lead[0] if lead else 0
+    return Entry("", op, n, 2 * half, experts, source=row.name, inputs=_positions([origin(codes)]), **more)
+
+
+def _positions(nodes: Sequence[fx.Node]) -> tuple[int, ...]:
+    positions = (_torch.input_position(node) for node in nodes if node.op == "placeholder")
+    return tuple(position for position in positions if position is not None)
 
 
 def origin(node: fx.Node) -> fx.Node:

@@ -19,7 +19,7 @@ from fp4pass.passes.unfuse import twins
 from fp4pass.passes.unfuse.activations import Activation, Activations, variant_of
 from fp4pass.passes.unfuse.calls import Call
 from fp4pass.passes.unfuse.emit import emit
-from fp4pass.passes.unfuse.graph import FusedGraph, origin, shaped_like
+from fp4pass.passes.unfuse.graph import FusedGraph, list_unknown, origin, shaped_like
 from fp4pass.passes.unfuse.rows import (
     GROUPED,
     SUM,
@@ -63,6 +63,7 @@ def unfuse(rewriter: Rewriter) -> None:
         rule(graph, activations)
         rewriter.check(rewriter.graph)
     _refuse_what_is_left(graph)
+    list_unknown(rewriter)
     rewriter.graph.eliminate_dead_code()  # last: what is erased could not be brought back
 
 
