@@ -91,6 +91,18 @@ def fp8_of_changing_scale(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return linear(m, (x / x.abs().amax()).to(E4M3))
 
 
+def fp8_of_bytes(m: Layer, x: torch.Tensor) -> torch.Tensor:
+    return linear(m, (x * m.fp8_inverse).to(torch.uint8).view(E4M3))
+
+
+@torch.no_grad()
+def test_bytes_that_are_taken_for_fp8_are_no_cast():
+    run = compiling(layer_with_fp8(fp8_of_bytes))
+    run(rows())
+    assert all(Reason.FP8_ACTIVATION.sentence in e.reason and e.lost for e in run.report.refused)
+    assert not run.report.rewritten
+
+
 @pytest.mark.parametrize("run_layer", [fp8_argument, fp8_of_changing_scale])
 @torch.no_grad()
 def test_an_activation_in_fp8_without_a_static_scale_is_an_error_that_names_the_layer(run_layer):

@@ -120,7 +120,7 @@ class Activations:
                 if isinstance(plain, Refusal):
                     return plain
                 arguments[name] = plain
-        values, total = emit(call.node, lambda given: row.twin(Arguments(**given)), _readable(arguments))
+        values, total = emit(call.node, lambda given: row.twin(Arguments(**given)), arguments)
         return {VALUE: values, SUM: total, "factor": arguments.get(row.factor)}
 
     def _attention(self, call: Call) -> dict[str, Any] | Refusal:
@@ -143,18 +143,6 @@ def _maker(node: fx.Node) -> str:
         node = node.args[0]
     op = called_op(node)
     return "an input of the graph" if op is None else f"made by {op._schema.name}"
-
-
-def _readable(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a twin may read: not the codes and scales that the op writes to."""
-    return {
-        name: given
-        for name, given in arguments.items()
-        if not isinstance(given, fx.Node) or value(given) is None or value(given).dtype not in _WRITTEN_DTYPES
-    }
-
-
-_WRITTEN_DTYPES = (torch.uint8, torch.float4_e2m1fn_x2, torch.float8_e4m3fn)
 
 
 def _roles(call: Call) -> Mapping[Any, str]:
@@ -181,8 +169,8 @@ def _undone_cast(node: fx.Node, at: fx.Node, emulate: bool) -> fx.Node | Refusal
     """An FP8 cast written out, ``(x / s).to(e4m3)`` or ``(x * s).to(e4m3)`` with a clamp perhaps: what was cast, times
     s or 1 / s. Only emulation rounds it, and in plain operations: not every GPU's compiler knows the dtype."""
     cast = unviewed(node)
-    scaled = cast.args[0] if cast.op == "call_function" and cast.all_input_nodes else None
-    before = scaled
+    is_cast = cast.target is torch.ops.prims.convert_element_type.default and value(cast).dtype == _E4M3
+    before = scaled = cast.args[0] if is_cast else None
     while isinstance(before, fx.Node) and before.target in _BOUNDS | _VIEWS:
         before = before.args[0]
     if not isinstance(before, fx.Node) or before.target not in (aten.mul.Tensor, aten.div.Tensor):
