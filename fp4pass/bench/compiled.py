@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from fp4pass.bench.clock import microseconds
 from fp4pass.lowering import arch
@@ -33,7 +32,7 @@ def compile_plain(backend: str = "inductor") -> Callable[..., Any]:
 
 
 def _compiled(**settings: Any) -> Callable[..., Any]:
-    def call(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    def call(module: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         return module(*inputs)
 
     return torch.compile(call, fullgraph=True, dynamic=True, **settings)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,16 +81,14 @@ def table(found: dict[str, list[Call]]) -> str:
 
 
 @torch.no_grad()
-def first_calls(layers: int, tokens: Sequence[int], device: torch.device) -> list[Call]:
+def first_calls(layers: int, tokens: Sequence[int], device: torch.device) -> Iterator[Call]:
     """Compile a Nano-shaped model of ``layers`` layers and call it with each number of ``tokens`` once."""
     model = Counted(random_model(layers, device, {} if device.type == "cuda" else _NARROW | _NARROW_MAMBA))
-    calls = []
     for count in tokens:
         ids = torch.zeros(1, count, dtype=torch.long, device=device)
         start = time.perf_counter()
         model(ids, use_cache=False, logits_to_keep=1).logits.cpu()
-        calls.append(Call(count, time.perf_counter() - start, model.compiles))
-    return calls
+        yield Call(count, time.perf_counter() - start, model.compiles)
 
 
 def random_model(layers: int, device: torch.device, dimensions: dict[str, int]) -> nn.Module:
@@ -115,10 +113,14 @@ def _calls_of(command: Sequence[str], environment: dict[str, str]) -> list[Call]
 
 
 def main() -> None:
-    """Measure in this process and print the calls as JSON."""
+    """Measure in this process and print the calls as JSON; each one to stderr when it is done."""
     layers, *tokens = json.loads(sys.argv[1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps([asdict(call) for call in first_calls(layers, tokens, device)]))
+    calls = []
+    for call in first_calls(layers, tokens, device):
+        print(f"{call.tokens} tokens: {call.seconds:.1f} s, {call.compiles} compiles", file=sys.stderr, flush=True)
+        calls.append(asdict(call))
+    print(json.dumps(calls))
 
 
 if __name__ == "__main__":

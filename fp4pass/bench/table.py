@@ -10,7 +10,7 @@ from typing import Any
 
 from fp4pass.errors import OptionError
 
-_COLUMNS = "{:17} {:28} {:>6} {:>9} {:>9} {:>9} {:>9} {:>9} {:>6} {:>8} {:>8}  {}"
+_COLUMNS = "{:17} {:28} {:>6} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>6} {:>8} {:>8}  {}"
 HEADING = _COLUMNS.format(
     "shape",
     "weight",
@@ -18,6 +18,7 @@ HEADING = _COLUMNS.format(
     "fp4pass",
     "bf16",
     "triton",
+    "decoded",
     "roofline",
     "floor",
     "ratio",
@@ -35,7 +36,8 @@ class Row:
     fp4pass: ours, compiled. bf16: the same product in BF16, by cuBLAS for a linear layer and by transformers' grouped
     products, compiled, for experts. triton: BF16 by Inductor's own autotuned Triton, where it was measured. roofline:
     what an H200's bandwidth and arithmetic allow. floor: a kernel that only reads codes and scales, in the same run.
-    bf16_error: that of weights rounded to BF16. kernel: the configuration that ours ran with.
+    bf16_error: that of weights rounded to BF16. kernel: the configuration that ours ran with. decoded: the weight
+    decoded to BF16 by a kernel of Inductor's at every call, then multiplied by cuBLAS, where it was measured.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Row:
     error: float
     bf16_error: float
     kernel: str
+    decoded: float | None = None
 
     @property
     def right(self) -> bool:
@@ -66,7 +69,7 @@ class Row:
             self.name,
             self.shape,
             self.tokens,
-            *(_number(time) for time in (self.fp4pass, self.bf16, self.triton, self.roofline, self.floor)),
+            *map(_number, (self.fp4pass, self.bf16, self.triton, self.decoded, self.roofline, self.floor)),
             _ratio(self.ratio),
             f"{self.error:.1e}",
             f"{self.bf16_error:.1e}",
