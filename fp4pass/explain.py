@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from fp4pass.inputs import CallInputs
 from fp4pass.options import Options
 from fp4pass.report import Entry, Report
 
+_CALLS = itertools.count()
 _UNPACKED = Report(
     refused=(
         Entry(
@@ -57,8 +59,9 @@ def explain(
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    # Dynamo counts compiles by code object, and gives up on one that has too many: the model's own must not be used up.
-    call.__code__ = call.__code__.replace()
+    # Dynamo counts compiles by code object and remembers sizes by its name: those of the model must not be used up, and
+    # no call leaves its mark on the next.
+    call.__code__ = call.__code__.replace(co_name=f"explained_{next(_CALLS)}")
     with torch.no_grad(), _torch.many_recompiles():
         torch.compile(call, backend=record, dynamic=dynamic)(*args, **kwargs)
     return sum(reports, _UNPACKED if is_unpacked(model) else Report())

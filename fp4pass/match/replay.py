@@ -96,7 +96,7 @@ class Replay:
         for node in self._part.nodes:
             values[node] = self._value(node, values, sizes)
             for done in self._last_reads[node]:
-                del values[done]
+                values.pop(done, None)  # a size is not among them: its value comes from the trace
         return values[self._part.root]
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], sizes: Sizes | None) -> Any:

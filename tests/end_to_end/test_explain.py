@@ -92,3 +92,7 @@ def test_explaining_does_not_use_up_the_compiles_of_a_function():
     x = torch.randn(2, 32)
     assert all(len(fp4pass.explain(product, x, layer).rewritten) == 1 for layer in layers)
     torch.compile(product, backend="eager", fullgraph=True)(x, layers[0])  # raises beyond dynamo's limit of compiles
+
+
+def test_with_any_number_of_tokens_blocks_are_found_whole(bare):
+    assert_whole(explained(bare, on_meta(1, 20), 90, use_cache=False, dynamic=True))
