@@ -75,6 +75,10 @@ class CompressedConfig:
         """Layers named one by one, which must be in the model: none here, since a target may match nothing."""
         return {}
 
+    def group(self, module: str) -> int:
+        """How many neighbouring weights share a block scale: the same everywhere."""
+        return GROUP_SIZE
+
     def algo(self, module: str, kind: str = "Linear") -> str | None:
         """The quant_algo of layer ``module`` (``backbone.*`` or ``model.*``) of class ``kind``; None: not quantized."""
         if _matches(self.ignored, module, kind):

@@ -8,7 +8,7 @@ are the checkpoint's (``backbone.layers...``), which transformers spells ``model
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,6 +21,8 @@ some layers, a ``pre_quant_scale`` that multiplies the layer's input."""
 
 KNOWN_ALGOS = (*NVFP4_ALGOS, FP8)
 GROUP_SIZE = 16
+_GROUP_SIZES = {W4A16_NVFP4: (GROUP_SIZE, 32)}
+"""How many weights may share a block scale; 16 for an algo that is not named."""
 
 _MIXED = "MIXED_PRECISION"
 
@@ -30,10 +32,13 @@ class QuantConfig:
     """The precision of every layer, by the checkpoint's module names.
 
     ``default`` holds for every linear layer that neither ``layers`` nor an exclusion names; None means not quantized.
+    ``groups`` has the group size of layers that are named one by one, ``default_group`` that of the others.
     """
 
     default: str | None
     layers: Mapping[str, str]
+    groups: Mapping[str, int] = field(default_factory=dict)
+    default_group: int = GROUP_SIZE
     excluded: frozenset[str] = frozenset()
     excluded_patterns: tuple[str, ...] = ()
 
@@ -42,12 +47,13 @@ class QuantConfig:
         """Read the content of hf_quant_config.json or of config.json's ``quantization_config``.
 
         Raises CheckpointError for content of another form, for a quant_algo that is unknown or not computed here and
-        for a group size other than 16.
+        for a group size other than 16, or 32 where only weights are quantized.
         """
         facts = _facts(content)
         groups = _groups(facts)
         algo = facts["quant_algo"] if "quant_algo" in facts else _algo_of_classes(groups)
-        layers = dict(_layers(facts, groups))
+        entries = list(_layers(facts, groups))
+        layers = {name: algo for name, algo, _ in entries}
         if algo == _MIXED and not layers:
             raise CheckpointError(
                 "quant_algo MIXED_PRECISION without a precision for any layer",
@@ -55,15 +61,17 @@ class QuantConfig:
                 expected="quantized_layers: {module: {quant_algo: ...}}",
                 do="take hf_quant_config.json from the release itself; some mirrors keep only a stub of it",
             )
+        group_sizes = [facts.get("group_size"), *(size for _, size, _ in groups)]
         if algo not in (None, _MIXED):
-            _check_algo("the whole checkpoint", algo, facts.get("group_size"))
-            for _, group_size, _ in groups:
+            for group_size in group_sizes:
                 _check_algo("the whole checkpoint", algo, group_size)
         names = [checkpoint_name(name) for name in _names(facts)]
         patterns = tuple(name for name in names if any(mark in name for mark in "*?["))
         return cls(
             default=None if algo == _MIXED else algo,
             layers=layers,
+            groups={name: group_size for name, _, group_size in entries if group_size is not None},
+            default_group=next((size for size in group_sizes if size is not None), GROUP_SIZE),
             excluded=frozenset(names) - frozenset(patterns),
             excluded_patterns=patterns,
         )
@@ -77,6 +85,10 @@ class QuantConfig:
         if name in self.excluded or any(fnmatchcase(name, pattern) for pattern in self.excluded_patterns):
             return None
         return self.layers.get(name, self.default if kind == "Linear" else None)
+
+    def group(self, module: str) -> int:
+        """How many neighbouring weights of layer ``module`` share a block scale, if it is in NVFP4."""
+        return self.groups.get(checkpoint_name(module), self.default_group)
 
 
 def checkpoint_name(module: str) -> str:
@@ -177,8 +189,10 @@ def _algo_of_classes(groups: list[tuple[str, int | None, list[str]]]) -> str:
     return next((algo for algo, _, targets in groups if "Linear" in targets), _MIXED)
 
 
-def _layers(facts: Mapping[str, Any], groups: list[tuple[str, int | None, list[str]]]) -> Iterator[tuple[str, str]]:
-    """``(module, quant_algo)`` of every layer that is named one by one, each checked."""
+def _layers(
+    facts: Mapping[str, Any], groups: list[tuple[str, int | None, list[str]]]
+) -> Iterator[tuple[str, str, int | None]]:
+    """``(module, quant_algo, group size)`` of every layer that is named one by one, each checked."""
     entries = facts.get("quantized_layers")
     if entries is None:
         entries = {
@@ -189,7 +203,7 @@ def _layers(facts: Mapping[str, Any], groups: list[tuple[str, int | None, list[s
         }
     for name, entry in entries.items():
         _check_algo(name, entry.get("quant_algo"), entry.get("group_size"))
-        yield checkpoint_name(name), entry["quant_algo"]
+        yield checkpoint_name(name), entry["quant_algo"], entry.get("group_size")
 
 
 def _check_algo(what: str, algo: str | None, group_size: int | None) -> None:
@@ -200,10 +214,12 @@ def _check_algo(what: str, algo: str | None, group_size: int | None) -> None:
             expected=f"one of {', '.join(KNOWN_ALGOS)}, or MIXED_PRECISION of them",
             do="use a release in one of these precisions, or the BF16 release",
         )
-    if algo in NVFP4_ALGOS and group_size not in (None, GROUP_SIZE):
+    allowed = _GROUP_SIZES.get(algo, (GROUP_SIZE,))
+    if algo in NVFP4_ALGOS and group_size not in (None, *allowed):
+        sizes = " or ".join(map(str, allowed))
         raise CheckpointError(
             f"{what}: {algo} with an unsupported group size",
             seen=f"group_size {group_size}",
-            expected=f"group_size {GROUP_SIZE}, one E4M3 scale for {GROUP_SIZE} weights",
+            expected=f"group_size {sizes}, one E4M3 scale for so many weights",
             do=f"export the checkpoint again with group size {GROUP_SIZE}",
         )

@@ -9,16 +9,18 @@ from fp4pass.lowering import reference
 from fp4pass.lowering.layout import PLAIN, check_layout
 
 from .modules import MODELOPT
-from .packed import PackedModule, Parts, Scalar
+from .packed import BLOCK, PackedModule, Parts, Scalar, recast
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class NVFP4Embedding(PackedModule):
     """``ids [...] integer -> rows [..., D]`` of an NVFP4 table, in the model's dtype, rounded once.
 
-    Parameters as ``parts`` names them: ``weight`` uint8 [V, D/2] (held as 64-bit words), ``weight_scale``
-    float8_e4m3fn [V, D/16], ``weight_scale_2`` [] or [1], ``input_scale`` if the checkpoint has one (kept for saving,
-    never used). The table keeps the checkpoint's order on every device, since rows are read and no product is taken.
-    Raises CheckpointError if V or D is no multiple of 16.
+    Parameters as ``parts`` names them: ``weight`` uint8 [V, D/2], ``weight_scale`` float8_e4m3fn [V, D/16],
+    ``weight_scale_2`` [] or [1], ``input_scale`` if the checkpoint has one (kept for saving, never used); all are held
+    as integers of the same bits. The table keeps the checkpoint's order on every device, since rows are read and no
+    product is taken. Raises CheckpointError if V or D is no multiple of 16.
     """
 
     def __init__(
@@ -31,13 +33,17 @@ class NVFP4Embedding(PackedModule):
         parts: Parts = MODELOPT,
         global_scale: Scalar = Scalar(),  # noqa: B008  (immutable)
         input_scale: Scalar | None = None,
+        group: int = BLOCK,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self._weight = parts.codes
         shape = (num_embeddings, embedding_dim)
-        self._add_matrix(parts, shape, global_scale=global_scale, input_scale=input_scale, device=device)
+        self._add_matrix(parts, shape, global_scale=global_scale, input_scale=input_scale, device=device, group=group)
+        # As integers: a model says that its dtype is that of its first floats, and embeddings come first.
+        for name, tensor in self._parameters.items():
+            self._held[name] = _INTEGERS[tensor.element_size()]
         # Words, so that nobody who looks for a product's weight takes the table for one.
         self._held[parts.codes] = torch.int64
         # Follows the model through .to(dtype), as the weight of a dense table would.
@@ -49,6 +55,13 @@ class NVFP4Embedding(PackedModule):
         codes = functional.embedding(ids, codes.view(torch.int64)).view(torch.uint8)
         rows = reference.dequantize(codes, functional.embedding(ids, scale), factor)
         return rows.to(self._follower.dtype)
+
+    def operands(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(codes, scale bytes, global scale)``, the codes as words."""
+        codes, scale_name, factor_name = self._matrices[name]
+        factor = recast(self._parameters[factor_name], self._stored[factor_name]).float()
+        factor = factor.reciprocal() if self.divides else factor
+        return self._parameters[codes], self._parameters[scale_name].view(torch.uint8), factor
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The whole table [V, D] in ``dtype``, rounded once from float32 (float64 for float64)."""

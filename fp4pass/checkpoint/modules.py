@@ -21,7 +21,7 @@ from fp4pass.lowering import (
     reference,
 )
 
-from .packed import PackedModule, Parts, Scalar
+from .packed import BLOCK, PackedModule, Parts, Scalar
 
 _TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 
@@ -53,13 +53,14 @@ class NVFP4Linear(PackedModule):
         parts: Parts = MODELOPT,
         global_scale: Scalar = Scalar(),  # noqa: B008  (immutable)
         input_scale: Scalar | None = None,
+        group: int = BLOCK,
         pre_quant_scale: torch.dtype | None = None,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self._weight = in_features, out_features, parts.codes
         shape = (out_features, in_features)
-        self._add_matrix(parts, shape, global_scale=global_scale, input_scale=input_scale, device=device)
+        self._add_matrix(parts, shape, global_scale=global_scale, input_scale=input_scale, device=device, group=group)
         if pre_quant_scale is None:
             self.pre_quant_scale = None
         else:
@@ -106,6 +107,7 @@ class NVFP4Experts(PackedModule):
         parts: Parts = MODELOPT,
         global_scale: Scalar = Scalar(),  # noqa: B008  (immutable)
         input_scale: Scalar | None = None,
+        group: int = BLOCK,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
@@ -123,7 +125,9 @@ class NVFP4Experts(PackedModule):
         shapes = {"up_proj": (num_experts, intermediate, hidden), "down_proj": (num_experts, hidden, intermediate)}
         for name, shape in shapes.items():
             names = stacked(parts, name)
-            self._add_matrix(names, shape, global_scale=global_scale, input_scale=input_scale, device=device)
+            self._add_matrix(
+                names, shape, global_scale=global_scale, input_scale=input_scale, device=device, group=group
+            )
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

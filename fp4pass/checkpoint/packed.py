@@ -1,9 +1,10 @@
 """What a module with packed parameters must do: keep them packed, keep their bytes, and own their layout.
 
-A parameter has the checkpoint's dtype on disk and in a state dict. In memory it may be held in another one that is
-better to compute from: the same bits under another name, or a number in a wider dtype. The layout of NVFP4 weights is
+A parameter has the checkpoint's form on disk and in a state dict. In memory it may be held in another one that is
+better to compute from: the same bits under another dtype's name, a number in a wider dtype, or a block scale of 32
+weights as two of 16. The layout of NVFP4 weights is
 chosen where the weights live: when they are loaded onto a device and when they move to another, never by a compile and
-never by a change of dtype. ``state_dict`` and ``load_state_dict`` speak the checkpoint's dtypes and layout.
+never by a change of dtype. ``state_dict`` and ``load_state_dict`` speak the checkpoint's forms and layout.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class PackedModule(nn.Module):
         self.divides = False
         self._stored: dict[str, torch.dtype] = {}
         self._held: dict[str, torch.dtype] = {}
+        self._blocks: dict[str, tuple[int, int]] = {}
 
     def _add(self, name: str, tensor: torch.Tensor, held: torch.dtype | None = None) -> None:
         """Register a parameter in the dtype that the checkpoint has; ``settle`` turns it into ``held``."""
@@ -74,22 +76,25 @@ class PackedModule(nn.Module):
         global_scale: Scalar,
         input_scale: Scalar | None,
         device: torch.device | str,
+        group: int = BLOCK,
     ) -> None:
         """Register the parameters of an NVFP4 matrix of logical ``shape`` [..., N, K], named by its codes.
 
-        codes uint8 [..., N, K/2], scale float8_e4m3fn [..., N, K/16], global scale and input scale (if any) of one
-        number a matrix.
+        codes uint8 [..., N, K/2], scale float8_e4m3fn [..., N, K/group] (held as [..., N, K/16]), global scale and
+        input scale (if any) of one number a matrix.
         """
         *outer, n, k = shape
-        if n % BLOCK or k % BLOCK:
+        if n % BLOCK or k % group:
             raise CheckpointError(
                 f"{parts.codes} has a shape that fp4pass does not compute in NVFP4",
                 seen=f"N={n}, K={k}",
-                expected=f"multiples of {BLOCK}",
+                expected=f"multiples of {BLOCK}" + ("" if group == BLOCK else f", K of {group}"),
                 do="exclude this layer from quantization when exporting the checkpoint",
             )
         self._add(parts.codes, torch.empty(*outer, n, k // 2, dtype=torch.uint8, device=device))
-        self._add(parts.scale, torch.empty(*outer, n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device))
+        self._add(parts.scale, torch.empty(*outer, n, k // group, dtype=torch.float8_e4m3fn, device=device))
+        if group != BLOCK:
+            self._blocks[parts.scale] = (k // group, k // BLOCK)
         self._add_scalar(parts.global_scale, global_scale, device, outer, torch.float32)
         if input_scale is not None:
             self._add_scalar(parts.input_scale, input_scale, device, outer)
@@ -173,6 +178,9 @@ class PackedModule(nn.Module):
         for name, dtype in self._held.items():
             parameter = self._parameters[name]
             parameter.data = recast(parameter.data, dtype)
+        for name, (stored, held) in self._blocks.items():
+            parameter = self._parameters[name]
+            parameter.data = _rescaled(parameter.data, stored, held)
         self.set_layout(self._layout_on(self.device))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedModule:
@@ -198,6 +206,8 @@ class PackedModule(nn.Module):
         for codes, scale, _ in self._matrices.values():
             for name, repack in ((codes, repack_codes_), (scale, repack_scale_)):
                 destination[prefix + name] = _repacked(repack, destination[prefix + name], self.layout, PLAIN)
+        for name, (stored, held) in self._blocks.items():
+            destination[prefix + name] = _rescaled(destination[prefix + name], held, stored)
 
     def _load_from_state_dict(
         self,
@@ -219,6 +229,9 @@ class PackedModule(nn.Module):
                 # copy_ would convert silently, and a weight rounded to uint8 is lost.
                 error_msgs.append(f"{prefix}{name} is {tensor.dtype}, the packed parameter is {stored}.")
                 return
+            stored_blocks, _ = self._blocks.get(name, (0, 0))
+            if tensor.shape[-1:] == (stored_blocks,):
+                tensor = _rescaled(tensor, stored_blocks, parameter.shape[-1])
             if tensor.shape == recast(parameter.data, tensor.dtype).shape:
                 arriving[prefix + name] = recast(tensor, parameter.dtype)
         if local_metadata.get("assign_to_params_buffers"):
@@ -241,6 +254,16 @@ def recast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor
     numbers = all(each.is_floating_point and each.itemsize > 1 for each in (tensor.dtype, dtype))
     return tensor.to(dtype) if numbers else tensor.view(dtype)
+
+
+def _rescaled(scale: torch.Tensor, source: int, target: int) -> torch.Tensor:
+    """Block scales [..., ``source``] of one number a block as [..., ``target``]: each repeated, or of each group one.
+    Those that have another size stay as they are."""
+    if scale.shape[-1] != source or source == target:
+        return scale
+    if target < source:
+        return scale[..., :: source // target].contiguous()
+    return scale.view(torch.uint8).repeat_interleave(target // source, -1).view(scale.dtype)
 
 
 def _repacked(

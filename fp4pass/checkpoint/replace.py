@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from fp4pass.errors import CheckpointError
 
 from .compressed import CompressedConfig
-from .config import FP8, NVFP4_ALGOS, NVFP4_AWQ, QuantConfig, checkpoint_name
+from .config import FP8, GROUP_SIZE, NVFP4_ALGOS, NVFP4_AWQ, QuantConfig, checkpoint_name
 from .embedding import NVFP4Embedding
 from .fp8 import FP8Linear
 from .modules import MODELOPT, NVFP4Experts, NVFP4Linear
@@ -41,7 +41,7 @@ def replace_quantized(
     }
     _refuse_strangers(precision, {layer for algos in found.values() for layer in algos})
     _refuse_partial_awq({layer for algos in found.values() if (layer := _sole(algos, NVFP4_AWQ))}, headers)
-    make = _Maker(headers, parts)
+    make = _Maker(precision, headers, parts)
     for name, algos in found.items():
         module, layer = model.get_submodule(name), checkpoint_name(prefix + name)
         packed = make(module, layer, algos)
@@ -61,15 +61,15 @@ def _algos(name: str, module: nn.Module, precision: QuantConfig | CompressedConf
 class _Maker:
     """Makes the packed module for a dense one, with the scales that the files have."""
 
-    def __init__(self, headers: Mapping[str, Header], parts: Parts) -> None:
-        self._headers, self._parts = headers, parts
+    def __init__(self, precision: QuantConfig | CompressedConfig, headers: Mapping[str, Header], parts: Parts) -> None:
+        self._precision, self._headers, self._parts = precision, headers, parts
 
     def __call__(self, module: nn.Module, layer: str, algos: Mapping[str, str | None]) -> PackedModule | None:
         """None where the layer is not quantized."""
-        kinds = {"NVFP4" if algo in NVFP4_ALGOS else algo for algo in algos.values()}
-        if len(kinds) > 1:
-            _refuse_mixture(layer, algos)
-        (kind,) = kinds
+        described = {each: self._described(each, algo) for each, algo in algos.items()}
+        if len(set(described.values())) > 1:
+            _refuse_mixture(layer, described.values())
+        kind = "NVFP4" if next(iter(algos.values())) in NVFP4_ALGOS else next(iter(algos.values()))
         if kind is None:
             return None
         try:
@@ -81,6 +81,13 @@ class _Maker:
         except CheckpointError as error:
             what = f"{layer}: {error.what}"
             raise CheckpointError(what, seen=error.seen, expected=error.expected, do=error.do) from None
+
+    def _described(self, layer: str, algo: str | None) -> str:
+        """The form in which a layer is stored."""
+        if algo not in NVFP4_ALGOS:
+            return algo or "BF16"
+        group = self._precision.group(layer)
+        return "NVFP4" if group == GROUP_SIZE else f"NVFP4 in groups of {group}"
 
     def _linear(self, module: nn.Linear, layer: str, algo: str | None) -> NVFP4Linear:
         before = self._headers.get(f"{layer}.pre_quant_scale") if algo == NVFP4_AWQ else None
@@ -104,13 +111,14 @@ class _Maker:
         shape = (module.num_embeddings, module.embedding_dim)
         return NVFP4Embedding(*shape, module.weight.dtype, padding_idx=module.padding_idx, **self._scales(layer))
 
-    def _scales(self, layer: str) -> dict[str, Parts | Scalar | None]:
+    def _scales(self, layer: str) -> dict[str, Parts | Scalar | int | None]:
         parts = self._parts
         factor = self._scalar(f"{layer}.{parts.global_scale}") or Scalar()
         return {
             "parts": parts,
             "global_scale": factor,
             "input_scale": self._scalar(f"{layer}.{parts.input_scale}"),
+            "group": self._precision.group(layer),
         }
 
     def _fp8(self, module: nn.Linear, layer: str) -> FP8Linear:
@@ -177,11 +185,10 @@ def _kind(layer: str) -> str:
     return re.sub(r"\.\d+\.", ".#.", layer)
 
 
-def _refuse_mixture(name: str, algos: Mapping[str, str | None]) -> None:
-    counts: Iterator[str] = (f"{count} in {algo or 'BF16'}" for algo, count in Counter(algos.values()).items())
+def _refuse_mixture(name: str, kinds: Iterable[str]) -> None:
     raise CheckpointError(
         f"{name}: experts of one layer have different precisions",
-        seen=", ".join(counts),
+        seen=", ".join(f"{count} in {kind}" for kind, count in Counter(kinds).items()),
         expected="one precision for all experts of a layer",
         do="export the checkpoint again with one precision for each layer's experts",
     )

@@ -130,7 +130,7 @@ def test_an_unknown_quant_algo(nano_dir, tmp_path):
     refused(altered(nano_dir, tmp_path / "bad", edit_config=edit), "quant_algo NVFP4_SVD is not computed")
 
 
-def test_group_size_32(nano_dir, tmp_path):
+def test_group_size_32_with_quantized_activations(nano_dir, tmp_path):
     def edit(config):
         config["quantization_config"]["group_size"] = 32
 

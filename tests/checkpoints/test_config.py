@@ -142,10 +142,22 @@ def test_algos_that_are_not_computed_are_refused_by_name(algo):
         QuantConfig.from_dict({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
 
 
+def test_the_group_size_is_told_for_all_layers_or_for_each():
+    whole = QuantConfig.from_dict({"quant_algo": "W4A16_NVFP4", "group_size": 32})
+    assert (whole.group("lm_head"), QuantConfig.from_dict({"quant_algo": "NVFP4"}).group("lm_head")) == (32, 16)
+    bits = {"num_bits": 4, "type": "float", "group_size": 32}
+    by_class = QuantConfig.from_dict({"config_groups": {"group_0": {"weights": bits, "targets": ["Linear"]}}})
+    assert by_class.group("lm_head") == 32
+    layers = {"lm_head": {"quant_algo": "W4A16_NVFP4", "group_size": 32}, "backbone.a": {"quant_algo": "NVFP4"}}
+    mixed = QuantConfig.from_dict({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    assert (mixed.group("lm_head"), mixed.group("model.a")) == (32, 16)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ({"quant_algo": "NVFP4", "group_size": 32}, "group size"),
+        ({"quant_algo": "W4A16_NVFP4", "group_size": 64}, "group size"),
         (
             {
                 "quant_algo": "NVFP4",

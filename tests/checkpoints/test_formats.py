@@ -15,6 +15,8 @@ from fp4pass.checkpoint.load import from_pretrained, skeleton
 from fp4pass.checkpoint.modules import NVFP4Experts, NVFP4Linear
 from fp4pass.checkpoint.packed import PackedModule
 from fp4pass.errors import CheckpointError
+from fp4pass.lowering.layout import INTERLEAVED
+from fp4pass.synthesize import synthesize
 
 from .files import altered, read_tensors, same_bytes
 
@@ -168,6 +170,89 @@ def test_a_quantized_embedding_is_looked_up_packed(nano_dir, tmp_path, dense_twi
     assert_saves_what_it_read(directory, tmp_path / "saved")
     report = fp4pass.explain(model, IDS, use_cache=False)
     assert len(report.rewritten) == 8 and not report.refused
+
+
+def test_with_a_quantized_embedding_the_models_dtype_is_that_of_its_activations(mixed, tmp_path):
+    model = from_pretrained(mixed("nano-4b"))
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert torch.equal(from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+GROUPS_OF_32 = {"hidden": 96, "intermediate": 64, "shared": 96, "mamba_head_dim": 6}
+"""Widths that have whole groups of 32."""
+
+
+@pytest.fixture(scope="module")
+def wide_groups(tmp_path_factory, tiny_sizes):
+    """A checkpoint in W4A16 with one scale for 32 weights, and the same weights with one for 16."""
+    made = tmp_path_factory.mktemp("groups")
+    source = synthesize(made / "source", "nano", quantization_in_config=True, **(tiny_sizes | GROUPS_OF_32))
+
+    def edit(tensors, keep):
+        for name in [name for name in tensors if name.endswith("input_scale")]:
+            del tensors[name]
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            halves = tensors[name].view(torch.uint8)[:, ::2]
+            halves = halves if keep else halves.repeat_interleave(2, -1)
+            tensors[name] = halves.contiguous().view(torch.float8_e4m3fn)
+
+    def declare(config, group):
+        quantization = config["quantization_config"] | {"quant_algo": "W4A16_NVFP4", "group_size": group}
+        del quantization["config_groups"]
+        config["quantization_config"] = quantization
+
+    return tuple(
+        altered(source, made / str(group), lambda t, keep=group == 32: edit(t, keep), lambda c, g=group: declare(c, g))
+        for group in (32, 16)
+    )
+
+
+def test_one_scale_may_serve_32_weights_where_only_weights_are_quantized(wide_groups, tmp_path, monkeypatch):
+    coarse, fine = wide_groups
+    model, same = (from_pretrained(directory, dtype=torch.float32) for directory in (coarse, fine))
+    assert torch.equal(model(IDS).logits, same(IDS).logits)
+    assert_saves_what_it_read(coarse, tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert not fp4pass.explain(skeleton(coarse), IDS.to("meta"), use_cache=False).refused
+
+
+def test_scales_for_32_weights_are_saved_from_any_layout(wide_groups, tmp_path):
+    coarse, _ = wide_groups
+    model = from_pretrained(coarse)
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.set_layout(INTERLEAVED)
+    model.save_pretrained(tmp_path)
+    read, saved = read_tensors(coarse), read_tensors(tmp_path)
+    assert [name for name in read if not same_bytes(read[name], saved[name])] == []
+
+
+def test_scales_for_16_under_a_config_for_32_are_refused(wide_groups, tmp_path):
+    _, fine = wide_groups
+
+    def edit(config):
+        config["quantization_config"]["group_size"] = 32
+
+    with pytest.raises(CheckpointError, match=r"weight_scale is not what the quantization config says"):
+        from_pretrained(altered(fine, tmp_path / "bad", edit_config=edit))
+
+
+def test_experts_in_groups_of_two_sizes_are_refused(wide_groups, tmp_path):
+    coarse, _ = wide_groups
+
+    def edit(config):
+        layers = {f"backbone.layers.1.mixer.experts.{e}.{p}_proj": {} for e in range(8) for p in ("up", "down")}
+        for expert, entry in enumerate(layers.values()):
+            entry |= {"quant_algo": "W4A16_NVFP4", "group_size": 16 if expert == 3 else 32}
+        config["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+
+    with pytest.raises(CheckpointError, match="different precisions") as caught:
+        from_pretrained(altered(coarse, tmp_path / "bad", edit_config=edit))
+    assert "1 in NVFP4" in caught.value.seen and "15 in NVFP4 in groups of 32" in caught.value.seen
 
 
 def test_rows_of_an_embedding_take_the_models_dtype(nano_dir, tmp_path):

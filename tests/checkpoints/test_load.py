@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
+from transformers.utils import hub
 
 from fp4pass import nvfp4
 from fp4pass.checkpoint import packed, quantizer
@@ -94,6 +97,26 @@ def test_saving_undoes_the_kernels_layout(nano_dir, nano_model, tmp_path, monkey
     model.save_pretrained(tmp_path / "saved")
     assert_same_tensors(read_tensors(tmp_path / "saved"), read_tensors(nano_dir))
     assert {module.layout for module in modules} == {"interleaved"}
+
+
+def test_push_to_hub_uploads_the_bytes_that_were_read(nano_dir, nano_model, tmp_path, monkeypatch):
+    uploaded = tmp_path / "uploaded"
+
+    class Hub:
+        """Keeps what would be sent."""
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, repo_id, operations, **_):
+            uploaded.mkdir()
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, uploaded / operation.path_in_repo)
+
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    nano_model().push_to_hub("somebody/nano")
+    assert_same_tensors(read_tensors(uploaded), read_tensors(nano_dir))
+    assert torch.equal(from_pretrained(uploaded)(IDS).logits, nano_model()(IDS).logits)
 
 
 def test_a_layout_does_not_change_the_answer(nano_model):
