@@ -16,6 +16,7 @@ from fp4pass.errors import GradientError
 
 from . import checks
 from .arch import target
+from .ops import kernels
 from .reference import decode_scale
 
 E4M3_MAX = 448.0
@@ -99,9 +100,7 @@ def _on_cuda(
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    from .fp8_linear import fp8_linear  # Triton is imported on the first call that needs it
-
-    return fp8_linear(x, weight, weight_scale, bias)
+    return kernels("fp8_linear").fp8_linear(x, weight, weight_scale, bias)
 
 
 def _multiplied_in_fp8(

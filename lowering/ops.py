@@ -83,15 +83,16 @@ def _on_cpu(op: str, args: tuple[Any, ...]) -> torch.Tensor:
 
 def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
     _check(op, args)
-    launch = getattr(_kernels(op), op)
+    launch = getattr(kernels(op), op)
     with torch.cuda.device_of(args[0]):
         return launch(*args)
 
 
-def _kernels(op: str) -> ModuleType:
-    # Triton is imported on the first call that needs it: everything else works without.
+def kernels(op: str) -> ModuleType:
+    """The module with the launch function of ``op``. Raises VersionError where Triton is missing."""
+    # Imported on the first call that needs it: everything else works without Triton.
     try:
-        from . import linear, moe
+        from . import fp8_linear, linear, moe
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
@@ -101,6 +102,8 @@ def _kernels(op: str) -> ModuleType:
             expected="Triton 3.6 or later, which CUDA builds of torch bring along",
             do="pip install triton, or move the model to the CPU",
         ) from error
+    if op == "fp8_linear":
+        return fp8_linear
     return linear if op.startswith("linear") else moe
 
 

@@ -96,7 +96,7 @@ def test_all_finite_products_come_out_of_expert_products(order, dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @EACH_WIDTH
 def test_the_plain_decoder_gives_the_assembly_s_bits(k, dtype, rows):
-    kernels = ops._kernels("linear")
+    kernels = ops.kernels("linear")
     operands, order = dense(208, k)
     # The two forms sum in different orders. With these x every sum of the weights' few bits is exact, in any order.
     x = activations(rows, k, device="cuda").sign().to(dtype)
