@@ -25,6 +25,7 @@ LARGEST_REGION = 200
 _COUNTS = {prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step}
 _SORTS = {aten.sort.default, aten.sort.stable}
 _CHOOSERS = {*_SORTS, aten.topk.default}
+_WIDE = (torch.int32, torch.int64)
 _SHAPES = {aten.view.default, aten.reshape.default, aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim}
 _SHAPES |= {aten.expand.default, aten.permute.default, aten.slice.Tensor, aten.alias.default}
 _PICKS = {aten.index.Tensor, aten.index_put.default}
@@ -172,12 +173,14 @@ def _numbers_rows(nodes: Sequence[fx.Node], total: fx.Node) -> bool:
     return False
 
 
-def are_places(node: fx.Node) -> bool:
-    """Whether the numbers are sure to be places that a sort or a top-k has chosen, which are never negative."""
-    while node.target in _SHAPES:
+def never_negative(node: fx.Node) -> bool:
+    """Whether integers are sure not to be negative: places that a sort or a top-k chose, or numbers with a bound."""
+    while node.target in _SHAPES or (node.target is prims.convert_element_type.default and node.args[1] in _WIDE):
         node = node.args[0]
-    if node.target is prims.convert_element_type.default and node.args[1] in (torch.int32, torch.int64):
-        return are_places(node.args[0])
+    if node.target in (aten.clamp_min.default, aten.clamp.default) and isinstance(node.args[1], int):
+        return node.args[1] >= 0 and all(most is None or most >= 0 for most in node.args[2:])
+    if node.target is aten.clamp_max.default:
+        return node.args[1] >= 0 and never_negative(node.args[0])
     return node.target is operator.getitem and node.args[1] == 1 and node.args[0].target in _CHOOSERS
 
 

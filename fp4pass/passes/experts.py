@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fp4pass.match.block import are_places
+from fp4pass.match.block import never_negative
 from fp4pass.match.cone import value
 from fp4pass.match.products import Product
 from fp4pass.match.reasons import Reason, Refusal
@@ -74,8 +74,8 @@ def _grouped(rewriter: Rewriter, product: Product) -> fx.Node:
 
 
 def counted_from_the_front(rewriter: Rewriter, ids: fx.Node, experts: int) -> fx.Node:
-    """Indexing counts negative ids from the last expert; the op gives zero for them. Places have no sign to look at."""
-    if are_places(ids):
+    """Indexing counts negative ids from the last expert; the op gives zero for them."""
+    if never_negative(ids):
         return ids
     negative = rewriter.call(aten.lt.Scalar, ids, 0)
     return rewriter.call(aten.where.self, negative, rewriter.call(aten.add.Tensor, ids, experts), ids)
