@@ -65,26 +65,27 @@ class FewRows:
 
 @dataclass(frozen=True)
 class ManyRows:
-    """A launch of many_rows.py: rows of x and of weight in a tile, stages, warps that multiply and that decode."""
+    """A launch of many_rows.py: rows of x in a tile, stages of its ring, programs on a multiprocessor."""
 
     block_m: int
-    block_n: int
     stages: int
-    warps: int
-    decoders: int = 4
+    resident: int = 1
 
     def __str__(self) -> str:
-        return f"many rows: {self.block_m}x{self.block_n}, {self.stages} stages"
+        return f"many rows: {self.block_m}x128, {self.stages} stages"
 
     @property
-    def constants(self) -> dict[str, int]:
-        """Keywords for its kernel."""
+    def constants(self) -> dict[str, int | None]:
+        """Keywords for its kernel. The warps are those of one group of multipliers.
+
+        ``maxnreg``: three groups of four warps, the loader's counted whole, share what a program gets.
+        """
         return {
             "BM": self.block_m,
-            "BN": self.block_n,
             "STAGES": self.stages,
-            "DECODERS": self.decoders,
-            "num_warps": self.warps,
+            "RESIDENT": self.resident,
+            "num_warps": 4,
+            "maxnreg": 80 if self.resident == 2 else None,
         }
 
 
@@ -116,10 +117,13 @@ _FEW_WIDE = ((16, 4, 1, 8, True), (32, 4, 2, 4, True))
 _FEW_WIDE_SHORT = ((32, 4, 2, 4, True),)
 _FEW_EXPERTS = ((32, 2, 2, 4, False),)
 _LOW, _SHORT = 3072, 4096
-_MIDDLE, _LARGE = ManyRows(128, 128, 4, 8), ManyRows(256, 128, 3, 8)
-_MANY = ((64, ManyRows(64, 128, 5, 4)), (256, _MIDDLE), (_ANY, _LARGE))
-_MANY_WIDE = ((64, ManyRows(64, 128, 5, 4)), (128, _MIDDLE), (_ANY, _LARGE))
-_MANY_EXPERTS = ((48, ManyRows(64, 256, 3, 8, 8)), (128, _MIDDLE), (_ANY, _LARGE))
+# From so many rows on wgmma is worth its longer way for experts and for weights of so many elements.
+_FEWEST_FOR_WGMMA, _HEAVY = 16, 1 << 26
+_LOW_TILE, _MIDDLE, _LARGE = ManyRows(64, 10), ManyRows(128, 7), ManyRows(256, 5)
+_MANY = ((64, _LOW_TILE), (192, _MIDDLE), (_ANY, _LARGE))
+# Two programs on a multiprocessor decode for each other's products, where there is work enough for both.
+_MANY_WIDE = ((32, ManyRows(32, 8, 2)), (64, ManyRows(64, 7, 2)), (128, _MIDDLE), (_ANY, _LARGE))
+_MANY_EXPERTS = ((64, _LOW_TILE), (128, _MIDDLE), (_ANY, _LARGE))
 
 _MOST_SPLITS = 8
 _FEWEST_STEPS_A_SPLIT = 2
@@ -167,11 +171,14 @@ class Arch:
                 return few
             # Triton 3.6 does not compile many_rows.py for a single step.
             if self.wgmma and depth >= 128:
-                launches = _MANY_EXPERTS if experts else _MANY_WIDE if columns >= _WIDE else _MANY
+                wide = columns >= _WIDE or columns * depth >= _HEAVY
+                launches = _MANY_EXPERTS if experts else _MANY_WIDE if wide else _MANY
                 return next(launch for most, launch in launches if rows <= most)
         return self.tile(rows, dtype, experts=experts, columns=columns)
 
     def _few_rows(self, rows: int, columns: int, depth: int, experts: bool) -> FewRows | None:
+        if self.wgmma and rows > _FEWEST_FOR_WGMMA and (experts or columns * depth >= _HEAVY):
+            return None
         for most, warps, unit_rows, steps, early in _few_rows_of(columns, depth, experts):
             if rows <= most:
                 block_m = max(8, 1 << (rows - 1).bit_length())
@@ -271,6 +278,7 @@ def configurations(arch: Arch) -> Iterator[tuple[str, torch.dtype, Tile]]:
 def launches(arch: Arch) -> Iterator[tuple[bool, FewRows | ManyRows]]:
     """Every launch of few_rows.py and many_rows.py that a call on ``arch`` can pick, once: (of experts, launch)."""
     shapes = [(columns, depth) for columns in (_LOW - 16, _LOW, _WIDE) for depth in (_SHORT - 64, _SHORT)]
+    shapes.append((_WIDE, _HEAVY // _WIDE))
     found = {
         (experts, arch.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth, experts=experts))
         for columns, depth in shapes

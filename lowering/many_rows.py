@@ -1,14 +1,16 @@
 # ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
 
-"""Products with many rows of x on Hopper: a loader, decoders and multipliers work side by side in one program.
+"""Products with many rows of x on Hopper: a loader and two groups of multipliers work side by side in one program.
 
-The loader's one warp keeps the copy engine busy; the decoders turn codes into a tile of 16-bit weights in shared
-memory, in natural order, so that x needs none of its own; the multipliers run ``wgmma`` from shared memory. Barriers
-in shared memory pass the stages around.
+The loader's one warp keeps the copy engine busy: codes, scales and rows of x go into a ring of stages in shared memory.
+Each group of four warps turns the codes of its 64 weight rows into the left operand of ``wgmma``, in its own registers,
+and multiplies it by the rows of x from shared memory. So a decoded weight never goes through shared memory, whose
+bandwidth the product needs for x; and while one group decodes, the other's product runs. x comes in the dot order (see
+decode.py and gather.py), in which the codes that a lane holds are its own operands.
 
-Programs stay: there is one for each multiprocessor. A *step* is 64 columns of K for one tile. Which tiles and steps are
-a program's own is in sharing.py; where several share a tile, the one that begins it adds, in order, the sums that the
-others have left in ``parts``. It waits only for programs that started before it.
+Programs stay: there is one for each multiprocessor, or two. A *step* is 64 columns of K for one tile. Which tiles and
+steps are a program's own is in sharing.py; where several share a tile, the one that begins it adds, in order, the sums
+that the others have left in ``parts`` (epilogue.py). It waits only for programs that started before it.
 """
 
 from __future__ import annotations
@@ -29,180 +31,132 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arch import ManyRows
-from .decode import undo_factor
-from .few_rows import activate, decode_units, memory_layout
+from .epilogue import GROUP_ROWS, GROUPS, TILE_COLUMNS, collect, finish, leave
+from .few_rows import decode_units, let_next_begin, wait_for_last
+from .gather import in_dot_order
 from .operands import Schedule, Weight
+from .reference import NO_ACTIVATION
 from .sharing import locate, place, rows_of_block, shares
 
-# Names that changed between Triton 3.6 and 3.9.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+# Its names in Triton 3.6 and 3.9.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 STEP = gl.constexpr(64)
-# Codes and scales are fetched so many steps before the tokens that they meet.
-LEAD = gl.constexpr(2)
+UNITS_OF_TILE = gl.constexpr(8)
 
 
 @gluon.jit
-def load_codes(codes_desc, scale_desc, raw, it, live, share, tiles, plan, N, UNITS: gl.constexpr):
-    """Codes and scales of step ``it``, if there is one (``live``), into their slot."""
-    codes, scales, arrived = raw
-    ROWS: gl.constexpr = codes.shape[1]
+def where_from(it, share, tiles, plan, N, BM: gl.constexpr, UNITS: gl.constexpr):
+    """(first row of x, first unit of the weight, step of K) of a program's step ``it``."""
     tile, k = locate(it, share, UNITS)
     m, n = place(tile, tiles, plan)
-    row = n * ROWS
+    row = m * BM
+    unit = n * UNITS_OF_TILE
     if plan[0] is not None:
-        row += gl.load(plan[0] + gl.where(live, m, 0)).to(gl.int32) * (N // 16)
-    slot = it % codes.shape[0]
-    mbarrier.expect(arrived.index(slot), ROWS * 576, pred=live)
-    copy_in(codes_desc, [row, k * 128], arrived.index(slot), codes.index(slot), pred=live)
-    copy_in(scale_desc, [row, k * 64], arrived.index(slot), scales.index(slot), pred=live)
+        expert, row, end = rows_of_block(m, plan, BM)
+        unit += expert * (N // 16)
+    return row, unit, k
 
 
 @gluon.jit
-def load(x_desc, codes_desc, scale_desc, x, raw, full, empty, share, total, tiles, plan, N, UNITS: gl.constexpr):
-    """The loader: tokens as soon as their stage is free, codes and scales LEAD steps ahead of them."""
-    STAGES: gl.constexpr = x.shape[0]
-    BM: gl.constexpr = x.shape[1]
-    for it in gl.static_range(LEAD):
-        load_codes(codes_desc, scale_desc, raw, it, it < total, share, tiles, plan, N, UNITS)
+def load_weight(codes_desc, scale_desc, ring, stage, unit, k):
+    """Codes and scales of a step. Its stage is full when x has come, too."""
+    tokens, codes, scales, full, empty = ring
+    mbarrier.expect(full.index(stage), tokens.shape[1] * STEP * 2 + UNITS_OF_TILE * 576)
+    copy_in(codes_desc, [unit, k * 128], full.index(stage), codes.index(stage))
+    copy_in(scale_desc, [unit, k * 64], full.index(stage), scales.index(stage))
+
+
+@gluon.jit
+def load(x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, UNITS: gl.constexpr):
+    """The loader. The first weights are on their way before the kernel that writes x has ended."""
+    tokens, codes, scales, full, empty = ring
+    STAGES: gl.constexpr = tokens.shape[0]
+    BM: gl.constexpr = tokens.shape[1]
+    for it in gl.static_range(STAGES):
+        if it < total:
+            row, unit, k = where_from(it, share, tiles, plan, N, BM, UNITS)
+            load_weight(codes_desc, scale_desc, ring, it, unit, k)
+    wait_for_last()
     for it in range(total):
         stage = it % STAGES
-        mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
-        tile, k = locate(it, share, UNITS)
-        m, n = place(tile, tiles, plan)
-        row = m * BM
-        if plan[0] is not None:
-            expert, row, end = rows_of_block(m, plan, BM)
-        mbarrier.expect(full.index(stage), BM * STEP * 2)
-        copy_in(x_desc, [row, k * STEP], full.index(stage), x.index(stage))
-        # Step it - STAGES is multiplied, so its codes, and those LEAD before the ones fetched now, are decoded.
-        load_codes(codes_desc, scale_desc, raw, it + LEAD, it + LEAD < total, share, tiles, plan, N, UNITS)
-
-
-@gluon.jit
-def decoded(raw, it, DTYPE: gl.constexpr):
-    """The tile ``[BN, 64]`` of step ``it``."""
-    codes, scales, arrived = raw
-    SLOTS: gl.constexpr = codes.shape[0]
-    UNITS: gl.constexpr = codes.shape[1]
-    WARPS: gl.constexpr = gl.num_warps()
-    ROWS: gl.constexpr = UNITS // WARPS
-    mbarrier.wait(arrived.index(it % SLOTS), it // SLOTS & 1)
-    words = codes.index(it % SLOTS).reshape([WARPS, ROWS, 128]).load(memory_layout(WARPS, ROWS, 4))
-    scale = scales.index(it % SLOTS).reshape([WARPS, ROWS, 64]).load(memory_layout(WARPS, ROWS, 2))
-    held = gl.zeros([WARPS, ROWS, 64], gl.int32, layout=memory_layout(WARPS, ROWS, 2))
-    return decode_units(words, scale, held, DTYPE).reshape([UNITS * 16, 64])
-
-
-@gluon.jit
-def decode(raw, weight, full, empty, total):
-    """The decoders. They announce a tile only after decoding the next: its stores have then reached shared memory."""
-    STAGES: gl.constexpr = weight.shape[0]
-    if total > 0:
-        tile = decoded(raw, 0, weight.dtype)
-        for it in range(total):
-            stage = it % STAGES
+        row, unit, k = where_from(it, share, tiles, plan, N, BM, UNITS)
+        if it >= STAGES:
             mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
-            weight.index(stage).store(tile)
-            # The last step decodes itself again, for nothing.
-            tile = decoded(raw, gl.minimum(it + 1, total - 1), weight.dtype)
-            fence_async_shared()
-            mbarrier.arrive(full.index(stage), count=1)
+            load_weight(codes_desc, scale_desc, ring, stage, unit, k)
+        copy_in(x_desc, [row, k * STEP], full.index(stage), tokens.index(stage))
 
 
 @gluon.constexpr_function
-def sums_layout(warps, bm, bn):
-    """Accumulators of a tile: warpgroups side by side along the tokens, else along the columns."""
-    along = min(warps, bm // 16)
-    return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[along, warps // along], instr_shape=[16, bn * along // warps, 16]
-    )
+def sums_layout(bm):
+    """Accumulators of a group: 64 rows of the weight by the tile's rows of x."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, bm, 16])
 
 
 @gluon.constexpr_function
-def stored_layout(warps, bn):
-    """A tile as it is written: 16 bytes a thread."""
-    across = min(32, bn // 8)
-    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+def unit_layout(width):
+    """Four units ``[4, width * 32]``: one for each warp, each lane ``width`` neighbours."""
+    return gl.BlockedLayout([1, width], [1, 32], [4, 1], [1, 0])
 
 
 @gluon.jit
-def finish(acc, tile, tiles, plan, result, ACTIVATION: gl.constexpr):
-    """Global scale, bias, activation and routing weight, then the tile's rows of ``out``."""
-    out, M, N, global_scale, global_stride, bias, weights, order = result
-    BM: gl.constexpr = acc.shape[0]
-    BN: gl.constexpr = acc.shape[1]
-    LAYOUT: gl.constexpr = stored_layout(gl.num_warps(), BN)
-    tile_m, tile_n = place(tile, tiles, plan)
-    factor = undo_factor(True)
-    expert = 0
-    first = tile_m * BM
-    end = M
-    if plan[0] is not None:
-        expert, first, end = rows_of_block(tile_m, plan, BM)
-    if global_scale is not None:
-        factor = factor * gl.load(global_scale + expert * global_stride)
-    acc = acc * factor
-    if bias is None:
-        acc = activate(acc, ACTIVATION)
-    n = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
-    row = first + gl.arange(0, BM, layout=gl.SliceLayout(1, LAYOUT))
-    live = row < end
-    if weights is None and bias is None:
-        value = gl.convert_layout(acc.to(out.dtype.element_ty), LAYOUT)
-    else:
-        value = gl.convert_layout(acc, LAYOUT)
-        if bias is not None:
-            value = activate(value + gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[None, :], ACTIVATION)
-        if weights is not None:
-            row = gl.load(order + row, mask=live, other=0).to(gl.int32)
-            value = value * gl.load(weights + row, mask=live, other=0.0).to(gl.float32)[:, None]
-        value = value.to(out.dtype.element_ty)
-    gl.store(out + row.to(gl.int64)[:, None] * N + n[None, :], value, mask=live[:, None] & (n < N)[None, :])
+def decode(ring, stage, GROUP: gl.constexpr):
+    """The group's 64 rows of a stage, ``[64, 64]`` in dot order, where ``wgmma`` takes them."""
+    tokens, codes, scales, full, empty = ring
+    WORDS: gl.constexpr = unit_layout(4)
+    SCALES: gl.constexpr = unit_layout(2)
+    words = codes.index(stage).slice(GROUP * 4, 4).load(WORDS).reshape([4, 1, 128])
+    scale = scales.index(stage).slice(GROUP * 4, 4).load(SCALES).reshape([4, 1, 64])
+    HELD: gl.constexpr = scale.type.layout
+    weight = decode_units(words, scale, gl.zeros([4, 1, 64], gl.int32, layout=HELD), tokens.dtype)
+    weight = weight.permute([0, 1, 2, 3, 5, 6, 7, 4, 8]).reshape([GROUP_ROWS, STEP])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(tokens.shape[1]), 2)
+    return gl.convert_layout(weight, LEFT, assert_trivial=True)
 
 
 @gluon.jit
-def multiply(x, weight, full, empty, share, parts, tiles, plan, result, UNITS: gl.constexpr, ACTIVATION: gl.constexpr):
-    """The multipliers: one product is always on its way while the next one's operands are waited for."""
-    STAGES: gl.constexpr = x.shape[0]
-    BM: gl.constexpr = x.shape[1]
-    BN: gl.constexpr = weight.shape[1]
-    MMA: gl.constexpr = sums_layout(gl.num_warps(), BM, BN)
+def multiply(
+    ring,
+    share,
+    parts,
+    tiles,
+    plan,
+    result,
+    GROUP: gl.constexpr,
+    UNITS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    DOT_ORDER: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):
+    """A group of multipliers.
+
+    It waits for each product before the next decode: the compiler would serialise the products of a step if registers
+    of one still on its way were written, and the other group fills the gap.
+    """
+    tokens, codes, scales, full, empty = ring
+    STAGES: gl.constexpr = tokens.shape[0]
+    BM: gl.constexpr = tokens.shape[1]
     begin, count, shared, me = share
-    sums, flags, each, total = parts
-    row = gl.arange(0, BM, layout=gl.SliceLayout(1, MMA))
-    within = row[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))[None, :]
+    sums, counters, each, total = parts
     it = 0
     while it < total:
         tile, first = locate(it, share, UNITS)
         last = gl.where(it < count, gl.minimum(UNITS, first + count - it), UNITS)
-        acc = gl.zeros([BM, BN], gl.float32, layout=MMA)
-        for step in range(first, last):
+        acc = gl.zeros([GROUP_ROWS, BM], gl.float32, layout=sums_layout(BM))
+        for _ in range(first, last):
             stage = it % STAGES
             mbarrier.wait(full.index(stage), it // STAGES & 1)
-            acc = warpgroup_mma(x.index(stage), weight.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1, pred=step > first)
+            weight = decode(ring, stage, GROUP)
+            acc = warpgroup_mma(weight, tokens.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(stage), count=1)
             it += 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1)
         if first > 0:
-            # The program before this one began the tile and will add this.
-            gl.store(sums + me.to(gl.int64) * (BM * BN) + within, acc)
-            barrier()
-            gl.atomic_xchg(flags + me, 1, sem="release")
+            leave(acc, parts, share, tile, GROUP, UNITS)
         else:
-            other = me
-            done = last
-            while done < UNITS:
-                other += 1
-                while gl.atomic_cas(flags + other, 1, 0, sem="acquire") != 1:
-                    pass
-                barrier()
-                acc += gl.load(sums + other.to(gl.int64) * (BM * BN) + within, cache_modifier=".cg")
-                done += each
-            finish(acc, tile, tiles, plan, result, ACTIVATION)
+            if last < UNITS:
+                acc = collect(acc, parts, share, last, GROUP, UNITS, RESIDENT)
+            finish(acc, tile, tiles, plan, result, GROUP, ACTIVATION, DOT_ORDER)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -215,7 +169,7 @@ def product_kernel(
     weights,
     out,
     parts,
-    flags,
+    counters,
     experts,
     order,
     ends,
@@ -226,50 +180,45 @@ def product_kernel(
     global_stride,
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    DOT_ORDER: gl.constexpr,
     BM: gl.constexpr,
-    BN: gl.constexpr,
     STAGES: gl.constexpr,
-    DECODERS: gl.constexpr,
+    RESIDENT: gl.constexpr,
 ):
     """``out [M, N]`` of a dense product, or the rows of all blocks of experts, x then being sorted by expert.
 
-    parts float32 ``[programs, BM * BN]``, flags int32 ``[programs]`` of zeros: where programs leave sums to each other;
-    flags are zeros again at the end. With ``weights`` a row goes to ``out[order[row]]``, multiplied.
+    parts float32 ``[programs, 128 BM]``, counters int32 ``[programs, 2]`` of zeros: where programs leave sums to each
+    other; counters are zero again at the end. With ``weights`` a row goes to ``out[order[row]]``, multiplied. With
+    ``DOT_ORDER`` the columns of ``out`` are left in that order.
     """
+    let_next_begin()
     UNITS: gl.constexpr = K // STEP
-    DTYPE: gl.constexpr = x_desc.dtype
-    SLOTS: gl.constexpr = STAGES + LEAD
-    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if experts is None:
-        tiles = (gl.cdiv(M, BM), gl.cdiv(N, BN))
+        tiles = (gl.cdiv(M, BM), gl.cdiv(N, TILE_COLUMNS))
     else:
-        tiles = (gl.load(block_ends + EXPERTS - 1).to(gl.int32), gl.cdiv(N, BN))
+        tiles = (gl.load(block_ends + EXPERTS - 1).to(gl.int32), gl.cdiv(N, TILE_COLUMNS))
     share, total, each = shares(tiles[0] * tiles[1], UNITS)
-    tokens = gl.allocate_shared_memory(DTYPE, [STAGES, BM, STEP], x_desc.layout)
-    weight = gl.allocate_shared_memory(DTYPE, [STAGES, BN, STEP], SWIZZLED)
-    codes = gl.allocate_shared_memory(gl.int32, [SLOTS, BN // 16, 128], codes_desc.layout)
-    scales = gl.allocate_shared_memory(gl.uint8, [SLOTS, BN // 16, 64], scale_desc.layout)
+    tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, STEP], x_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, UNITS_OF_TILE, 128], codes_desc.layout)
+    scales = gl.allocate_shared_memory(gl.uint8, [STAGES, UNITS_OF_TILE, 64], scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    arrived = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=2)  # the tokens, and the decoded weight
-        mbarrier.init(empty.index(stage), count=1)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(arrived.index(slot), count=1)
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
     plan = (experts, ends, block_ends)
-    raw = (codes, scales, arrived)
-    left = (parts, flags, each, total)
+    ring = (tokens, codes, scales, full, empty)
+    left = (parts, counters, each, total)
     result = (out, M, N, global_scale, global_stride, bias, weights, order)
     gl.warp_specialize(
         [
-            (multiply, (tokens, weight, full, empty, share, left, tiles, plan, result, UNITS, ACTIVATION)),
-            (decode, (raw, weight, full, empty, total)),
-            (load, (x_desc, codes_desc, scale_desc, tokens, raw, full, empty, share, total, tiles, plan, N, UNITS)),
+            (multiply, (ring, share, left, tiles, plan, result, 0, UNITS, ACTIVATION, DOT_ORDER, RESIDENT)),
+            (multiply, (ring, share, left, tiles, plan, result, 1, UNITS, ACTIVATION, DOT_ORDER, RESIDENT)),
+            (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, UNITS)),
         ],
-        [DECODERS, 1],
-        [96, 40],
+        [4, 1],
+        [240 if RESIDENT == 1 else 104, 24],
     )
 
 
@@ -283,32 +232,48 @@ def linear(
 ) -> None:
     """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
-    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(out.shape[1], launch.block_n)
-    _launch(rows, weight, bias, None, out, None, activation, launch, tiles * (k // 64) // _FEWEST_STEPS)
+    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(out.shape[1], TILE_COLUMNS.value)
+    programs = max(1, min(_programs(rows, launch), tiles * (k // STEP.value) // _FEWEST_STEPS))
+    counters = _counters(rows, programs)
+    _product(in_dot_order(rows, counters), weight, bias, None, out, None, activation, launch, counters)
 
 
-def expert_product(
+def experts(
     plan: Schedule,
-    rows: torch.Tensor,
-    weight: Weight,
-    routing: torch.Tensor | None,
-    out: torch.Tensor,
+    x: torch.Tensor,
+    choices: int,
+    up: Weight,
+    down: Weight,
+    routing: torch.Tensor,
+    slots: torch.Tensor,
     activation: str,
     launch: ManyRows,
 ) -> None:
-    """Rows of ``out``, for rows ``[slots, K]`` sorted by expert as ``plan.order`` lists them.
+    """Rows of ``slots [tokens * choices, N]``: slot s of token ``s // choices`` through its expert's both products."""
+    counters = _counters(x, _programs(x, launch))
+    rows = in_dot_order(x, counters, plan, choices)
+    hidden = x.new_empty((slots.shape[0], up.codes.shape[-2]))
+    _product(rows, up, None, None, hidden, plan, activation, launch, counters, dot_order=True)
+    _product(hidden, down, None, routing, slots, plan, NO_ACTIVATION, launch, counters)
 
-    Row p of ``rows`` gives row p of ``out``; with ``routing [slots]`` it is multiplied and becomes row
-    ``plan.order[p]``.
-    """
-    _launch(rows, weight, None, routing, out, plan, activation, launch, rows.shape[0])
+
+def gathered(plan: Schedule, x: torch.Tensor, weight: Weight, out: torch.Tensor, launch: ManyRows) -> None:
+    """Rows of ``out``: row r of x by its expert, as ``plan`` has them."""
+    counters = _counters(x, _programs(x, launch))
+    rows = in_dot_order(x, counters, plan)
+    # The routing weights say that each result goes back to its slot.
+    _product(rows, weight, None, x.new_ones(len(x)), out, plan, NO_ACTIVATION, launch, counters)
 
 
 # A program that got fewer steps would be all beginning and end.
 _FEWEST_STEPS = 4
 
 
-def _launch(
+def _counters(like: torch.Tensor, programs: int) -> torch.Tensor:
+    return like.new_empty((programs, GROUPS.value), dtype=torch.int32)
+
+
+def _product(
     rows: torch.Tensor,
     weight: Weight,
     bias: torch.Tensor | None,
@@ -317,36 +282,40 @@ def _launch(
     plan: Schedule | None,
     activation: str,
     launch: ManyRows,
-    most_programs: int,
+    counters: torch.Tensor,
+    *,
+    dot_order: bool = False,
 ) -> None:
+    """``rows [M, K]`` in dot order, one row of ``counters`` for each program; it follows a kernel that zeroed them."""
     m, k = rows.shape
-    n = out.shape[1]
-    if rows.stride(0) % 8 or rows.data_ptr() % 16:
-        rows = rows.contiguous() if rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
-    programs = max(1, min(_multiprocessors(rows.device.index), most_programs))
-    units = launch.block_n // 16
-    product_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [launch.block_m, 64], _swizzled()),
-        TensorDescriptor.from_tensor(weight.words.view(-1, k * 2), [units, 128], _straight(32)),
-        TensorDescriptor.from_tensor(weight.scale.view(-1, k), [units, 64], _straight(8)),
+    product_kernel[(len(counters),)](
+        TensorDescriptor.from_tensor(rows, [launch.block_m, STEP.value], _swizzled()),
+        TensorDescriptor.from_tensor(weight.words.view(-1, k * 2), [UNITS_OF_TILE.value, 128], _straight(32)),
+        TensorDescriptor.from_tensor(weight.scale.view(-1, k), [UNITS_OF_TILE.value, 64], _straight(8)),
         weight.global_scale,
         bias,
         routing,
         out,
-        rows.new_empty(programs * launch.block_m * launch.block_n, dtype=torch.float32),
-        rows.new_zeros(programs, dtype=torch.int32),
+        rows.new_empty(len(counters) * launch.block_m * TILE_COLUMNS.value, dtype=torch.float32),
+        counters,
         plan.experts if plan else None,
         plan.order if plan else None,
         plan.ends if plan else None,
         plan.block_ends if plan else None,
         m,
-        n,
+        out.shape[1],
         weight.count,
         weight.global_stride,
         K=k,
         ACTIVATION=activation,
+        DOT_ORDER=dot_order,
+        launch_pdl=True,
         **launch.constants,
     )
+
+
+def _programs(like: torch.Tensor, launch: ManyRows) -> int:
+    return _multiprocessors(like.device.index) * launch.resident
 
 
 @cache

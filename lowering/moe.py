@@ -148,8 +148,7 @@ def gathered_linear(
     if isinstance(launch, FewRows):
         few_rows.expert_product(plan, rows, 1, weight, None, out, "none", launch)
     elif isinstance(launch, ManyRows):
-        # The routing weights say that each result goes back to its slot.
-        many_rows.expert_product(plan, rows[plan.order], weight, rows.new_ones(len(rows)), out, "none", launch)
+        many_rows.gathered(plan, rows, weight, out, launch)
     else:
         _product(plan, launch, _rows_for(plan, rows, 1, asm), weight, None, Rows(out), "none", asm)
     return out
@@ -228,9 +227,7 @@ def _experts_of(
         few_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch)
         few_rows.expert_product(plan, hidden, 1, down, routing, slots, "none", launch)
     elif isinstance(launch, ManyRows):
-        hidden = x.new_empty((flat.shape[0], inner))
-        many_rows.expert_product(plan, x[plan.order // choices], up, None, hidden, activation, launch)
-        many_rows.expert_product(plan, hidden, down, routing, slots, "none", launch)
+        many_rows.experts(plan, x, choices, up, down, routing, slots, activation, launch)
     else:
         # The first product leaves its columns in the dot order, where the second one reads them side by side.
         ordered = asm and x.dtype != torch.float32

@@ -12,7 +12,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Tiles of this many columns of blocks are walked together, so that tokens and codes meet in the L2 cache.
+# Tiles of this many rows of tiles are walked together: x is four times as wide as the codes, so what runs at one time
+# should share it, and meet it in the L2 cache.
 TOGETHER = gl.constexpr(4)
 
 
@@ -47,15 +48,21 @@ def shares(tiles, UNITS: gl.constexpr):
 
 
 @gluon.jit
+def owner_of(tile, each, UNITS: gl.constexpr):
+    """Which program begins a tile that several share. ``each``: steps of a program, the last number of ``shares``."""
+    return tile * UNITS // each
+
+
+@gluon.jit
 def place(tile, tiles, plan):
     """(row of tiles, column of tiles) of a dense product; (block, column of tiles) of one of experts."""
     tiles_m, tiles_n = tiles
     if plan[0] is not None:
         return tile // tiles_n, tile % tiles_n
-    width = TOGETHER * tiles_m
+    width = TOGETHER * tiles_n
     first = tile // width * TOGETHER
-    size = gl.minimum(tiles_n - first, TOGETHER)
-    return tile % width // size, first + tile % width % size
+    size = gl.minimum(tiles_m - first, TOGETHER)
+    return first + tile % width % size, tile % width // size
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Compiles the Gluon kernels, few_rows.py and many_rows.py, for any GPU generation on a machine without one."""
+"""Compiles the kernels of few_rows.py, many_rows.py and gather.py for any GPU generation on a machine without one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fp4pass.lowering import few_rows, many_rows
-from fp4pass.lowering.arch import Arch, FewRows, ManyRows
+from fp4pass.lowering import few_rows, gather, many_rows
+from fp4pass.lowering.arch import Arch, FewRows, ManyRows, Tile
 
-from .compiling import machine_code
+from .compiling import compile_kernel, machine_code
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Nano's widths: hidden and inner size of its experts.
@@ -39,7 +39,11 @@ def compile_gluon(
             if kind[0] == "*" or name in _MULTIPLES_OF_16
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch.sm, 32), options={"num_warps": launch.warps})
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch.sm, 32),
+        options={name: launch.constants.get(name) for name in ("num_warps", "maxnreg")},
+    )
 
 
 @cache
@@ -54,7 +58,7 @@ def compile_linear(
     if isinstance(launch, FewRows):
         constants = {"K": k, "EARLY": launch.early, "ACTIVATION": activation}
         return compile_gluon(few_rows.linear_kernel, types | _few_operands(dtype), constants, arch, launch)
-    constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": activation}
+    constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": activation, "DOT_ORDER": False}
     return compile_gluon(many_rows.product_kernel, types | _many_operands(dtype, launch), constants, arch, launch)
 
 
@@ -63,7 +67,7 @@ def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, 
     """A product of experts by a schedule: ``up`` (relu2), ``down`` (routing weights), ``direct`` (a slot a block)."""
     down = product == "down"
     constants = {"K": INNER if down else HIDDEN, "ACTIVATION": "relu2" if product == "up" else "none"}
-    constants["global_stride"] = 1
+    constants |= {"global_stride": 1, "DOT_ORDER": product == "up"}
     types = {"out": "*fp32" if down else POINTER[dtype], "global_scale": "*fp32", "N": "i32", "EXPERTS": "i32"}
     if down:
         types["weights"] = "*fp32"
@@ -76,6 +80,17 @@ def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, 
         return compile_gluon(few_rows.experts_kernel, types, constants, arch, launch)
     types |= _many_operands(dtype, launch) | {"M": "i32"}
     return compile_gluon(many_rows.product_kernel, types, constants, arch, launch)
+
+
+@cache
+def compile_gather(arch: Arch, *, by_expert: bool) -> Any:
+    """Rows in the dot order, gathered by expert or as they are."""
+    kernel = gather.dot_order_kernel
+    types = {"x": "*bf16", "out": "*bf16", "counters": "*i32", "M": "i32", "COUNTERS": "i32", "stride_xm": "i32"}
+    if by_expert:
+        types |= {"order": "*i32", "count": "*i32", "choices": "i32"}
+    constants = {"K": HIDDEN, "ROWS": 8, "BLOCK": 512, "EARLY": not by_expert, "choices": 1}
+    return compile_kernel(kernel, types, constants, arch, Tile(8, 0, 512, warps=8, stages=1))
 
 
 @cache
@@ -102,13 +117,13 @@ def _few_operands(dtype: torch.dtype) -> dict[str, str]:
 
 
 def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
-    units = launch.block_n // 16
+    units = many_rows.UNITS_OF_TILE.value
     return {
         "x_desc": _descriptor(POINTER[dtype][1:], launch.block_m, 64, many_rows._swizzled()),
         "codes_desc": _descriptor("i32", units, 128, many_rows._straight(32)),
         "scale_desc": _descriptor("u8", units, 64, many_rows._straight(8)),
         "parts": "*fp32",
-        "flags": "*i32",
+        "counters": "*i32",
     }
 
 

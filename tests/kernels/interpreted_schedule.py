@@ -9,11 +9,11 @@ from fp4pass.lowering.schedule import runs_directly, schedule
 
 from .interpreting import bounds_of_loops_are_numbers  # noqa: F401  (a fixture that all tests here have)
 
-# Every E_PADDED below 16 is 16, and FEW, the blocks that blocks_kernel takes at a time, is 16 with the most experts.
+# Every E_PADDED below 16 is 16, and FEW, the parts that ends_kernel takes at a time, is 16 with the most experts.
 EXPERTS = (1, 2, 5, 16, 17, 128, 512)
 BLOCKS_M = (8, 16, 32, 64, 128)
-# Around SLOTS (32) and both CHUNKs (256, 1024), and in between.
-SLOTS = (1, 2, 17, 31, 32, 33, 100, 255, 256, 257, 600, 1023, 1024, 1025, 1500)
+# Around SLOTS (32), the most of one program (256), and PART (1024), and in between.
+SLOTS = (1, 2, 17, 31, 32, 33, 100, 255, 256, 257, 600, 1023, 1024, 1025, 2048, 2600)
 
 
 def expected(ids, experts, block_m):
@@ -35,8 +35,6 @@ def assert_right(ids, experts, block_m):
     assert torch.equal(plan.experts[len(of_block) :], torch.full_like(plan.experts[len(of_block) :], experts))
     assert plan.order.shape == ids.shape
     assert torch.equal(plan.order[: len(order)].long(), order)
-    # What follows is read, too, by kernels that gather rows before they know how many there are.
-    assert ((plan.order >= 0) & (plan.order < len(ids))).all()
     return plan
 
 
@@ -88,8 +86,12 @@ def test_as_many_blocks_as_can_be_needed_are_there():
 def test_a_schedule_repeats_itself():
     ids = random_ids(700, 128, 0)
     first, second = schedule(ids, 128, 16), schedule(ids, 128, 16)
-    # Behind the valid slots, too.
-    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("order", "experts", "ends"))
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("experts", "ends", "block_ends"))
+    assert torch.equal(first.order[: first.ends[-1]], second.order[: second.ends[-1]])
+
+
+def test_more_parts_than_are_summed_at_once():
+    assert_right(random_ids(17 * 1024 + 5, 300, 1), 300, 64)
 
 
 def test_few_slots_are_not_sorted():

@@ -110,7 +110,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 8192), (1536, 2688), (16896, 1088), (17024, 1088)])
-def test_flags_of_shared_tiles_are_zeros_again_at_the_end(n, k, monkeypatch):
+def test_counters_of_shared_tiles_are_zeros_again_at_the_end(n, k, monkeypatch):
     """As many tiles as there are multiprocessors, fewer, and a few more."""
     from fp4pass.lowering import many_rows  # Which needs Triton.
 
@@ -120,7 +120,7 @@ def test_flags_of_shared_tiles_are_zeros_again_at_the_end(n, k, monkeypatch):
     for rows in EACH_TILE:
         fp4pass.linear(normal(rows, k), *operands, None, ORDER)
     assert recorder.arguments
-    assert not any(arguments["flags"].any() for arguments in recorder.arguments)
+    assert not any(arguments["counters"].any() for arguments in recorder.arguments)
 
 
 def results(x, wide, operands, up, down, ids, weights):
