@@ -24,9 +24,18 @@ from fp4pass.match.shapes import EXPERTS, GATHERED, PADDED_ROWS, ROWS, Sizes
 # Among so many random scale bytes each of the 254 finite ones is there, but for one in 50.
 _BLOCKS = 1024
 SMALL_EXPERTS, SMALL_GATHERED = (2, 3), (5, 7)
-# Finite E4M3 bytes; the extreme ones are zero, the subnormals' ends, one, and the largest, of both signs.
+# Finite E4M3 bytes; the extreme ones are zero, the subnormals' ends, a half, one, and the largest, of both signs.
 _FINITE = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
-_EXTREME = torch.tensor([0x00, 0x80, 0x01, 0x81, 0x07, 0x87, 0x08, 0x88, 0x38, 0xB8, 0x7E, 0xFE], dtype=torch.uint8)
+_EXTREME = torch.tensor(
+    [0x00, 0x80, 0x01, 0x81, 0x07, 0x87, 0x08, 0x88, 0x30, 0xB0, 0x38, 0xB8, 0x7E, 0xFE], dtype=torch.uint8
+)
+_SMALL = _EXTREME[:10]
+# Scale bytes and exponents of global scales at which values in between are large and small. Half precision spans 2^-24
+# to 2^16 only; scales up to a half leave more of it to the global scale.
+_REACH = ((_EXTREME, 40), (_EXTREME, -40))
+_HALF_REACH = ((_EXTREME, 3), (_EXTREME, -3), (_SMALL, 12), (_SMALL, -12))
+# Halfway between numbers of five bits, and so far enough from every number of fewer.
+_UNEVEN = 1 + (2 * torch.arange(8, dtype=torch.float64) + 1) / 32
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,23 @@ def fills(cone: Cone, roles: Roles, replay: Replay) -> Iterator[Fill]:
     """The fills to try in turn, cheapest and most telling first."""
     generator = torch.Generator().manual_seed(0x4E5646)
     each_size = runs(roles, replay)
-    # Half precision spans 2^-24 to 2^16 only; a cone that computes in it is probed inside that.
-    narrow = any(value(n) is not None and value(n).dtype == torch.float16 for n in cone.nodes)
-    reach = 2 if narrow else 10
+    narrow = any(value(n) is not None and value(n).dtype == torch.float16 for n in (*cone.nodes, *cone.leaves))
+
+    def fill(sizes: Sizes | None, scale_bytes: torch.Tensor, factors: torch.Tensor, exact: bool = True) -> Fill:
+        return Fill(_leaves(roles, replay, sizes, generator, scale_bytes, factors), sizes, exact)
+
     # Never 2^0, with which multiplying and dividing are the same.
-    for sizes, exponents in zip(each_size, cycle(((1, 4), (-3, 0))), strict=False):
-        yield _fill(roles, replay, sizes, generator, _FINITE, exponents)
+    for sizes, factors in zip(each_size, cycle((_powers(1, 2, 3), -_powers(-3, -2, -1))), strict=False):
+        yield fill(sizes, _FINITE, factors)
     first, second, *_ = each_size
-    yield _fill(roles, replay, first, generator, _EXTREME, (reach, reach + 1))
-    yield _fill(roles, replay, first, generator, _EXTREME, (-reach, -reach + 1))
-    yield _fill(roles, replay, second, generator, _FINITE, None)
+    # A bound on any value in between would show where they are large or small.
+    for scale_bytes, exponent in _HALF_REACH if narrow else _REACH:
+        yield fill(first, scale_bytes, _powers(exponent))
+    yield fill(second, _FINITE, _UNEVEN, exact=False)
+
+
+def _powers(*exponents: int) -> torch.Tensor:
+    return torch.exp2(torch.tensor(exponents, dtype=torch.float64))
 
 
 def _sizes(roles: Roles, replay: Replay, which: int) -> Sizes:
@@ -75,41 +91,37 @@ def _sizes(roles: Roles, replay: Replay, which: int) -> Sizes:
     return sizes
 
 
-def _fill(
+def _leaves(
     roles: Roles,
     replay: Replay,
     sizes: Sizes | None,
     generator: torch.Generator,
     scale_bytes: torch.Tensor,
-    exponents: tuple[int, int] | None,
-) -> Fill:
-    """Random codes and scale bytes; global scales 2^e with e from ``exponents``, or from [0.3, 3) if None."""
+    factors: torch.Tensor,
+) -> dict[fx.Node, torch.Tensor]:
+    """Random codes; scale bytes and global scales picked at random from those given."""
     full = {symbol.name: symbol.full for symbol in roles.symbols().values()}
 
     def shape(node: fx.Node) -> list[int]:
         return [scaled(dim, sizes or full) for dim in replay.leaf_shapes[node]]
 
+    def picked(choices: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        return choices[torch.randint(0, len(choices), shape(node), generator=generator)]
+
     *lead, last = shape(roles.codes)
     packed = [*lead, last * value(roles.codes).element_size()]
     codes = torch.randint(0, 256, packed, generator=generator, dtype=torch.uint8)
-    picks = torch.randint(0, len(scale_bytes), shape(roles.scale), generator=generator)
     leaves = {
         roles.codes: codes.view(value(roles.codes).dtype),
-        roles.scale: scale_bytes[picks].view(value(roles.scale).dtype),
+        roles.scale: picked(scale_bytes, roles.scale).view(value(roles.scale).dtype),
         **dict(roles.tables),
     }
     if roles.global_scale is not None:
-        size = shape(roles.global_scale)
-        if exponents is None:
-            scales = torch.rand(size, generator=generator) * 2.7 + 0.3
-        else:
-            scales = torch.exp2(torch.randint(*exponents, size, generator=generator).float())
-        leaves[roles.global_scale] = scales.to(value(roles.global_scale).dtype)
+        leaves[roles.global_scale] = picked(factors, roles.global_scale).to(value(roles.global_scale).dtype)
     if roles.ids is not None:
-        experts = (sizes or full).get(EXPERTS, 1)
-        ids = torch.randint(0, experts, shape(roles.ids), generator=generator)
+        ids = torch.randint(0, (sizes or full).get(EXPERTS, 1), shape(roles.ids), generator=generator)
         leaves[roles.ids] = ids.to(value(roles.ids).dtype)
-    return Fill(leaves, sizes, exact=exponents is not None)
+    return leaves
 
 
 class Meant:

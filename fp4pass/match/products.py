@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from fp4pass import _torch
-from fp4pass.match.anchors import Anchor, anchor_of
-from fp4pass.match.cone import CODE_DTYPES, Cone, Inputs, code_leaf, code_tainted, extract, looked_up, value
+from fp4pass.match.anchors import Anchor, anchor_of, is_product
+from fp4pass.match.cone import CODE_DTYPES, Cone, Inputs, code_leaf, code_tainted, extract, gather_ids, looked_up, value
 from fp4pass.match.convention import Convention
 from fp4pass.match.proof import Weight, prove
 from fp4pass.match.reasons import Reason, Refusal
@@ -55,21 +55,31 @@ _VERDICTS = Memo()
 
 
 def find_products(graph: fx.Graph, inputs: Inputs) -> list[Product]:
-    """All products that have an operand computed from packed codes, in graph order. Equal layers are proven once."""
+    """All products that have an operand computed from packed codes, in graph order. Equal layers are proven once.
+
+    A weight that meets an activation in another operation is one that is refused.
+    """
     tainted = code_tainted(graph, inputs)
     found = []
     for node in graph.nodes:
         anchor = anchor_of(node)
-        if anchor is None:
-            found.append(_look_up(node, tainted, inputs))
-            continue
-        operands = [node.args[position] in tainted for position in (anchor.left, anchor.right)]
-        if any(operands):
-            found.append(_product(node, anchor, operands[0], tainted, inputs))
-    return [product for product in found if product is not None]
+        found.append(_look_up(node, tainted, inputs) if anchor is None else _product(node, anchor, tainted, inputs))
+    products = [product for product in found if product is not None]
+    refused = {product.codes for product in products if isinstance(product.weight, Refusal)}
+    return products + _elsewhere(graph, inputs, tainted, refused)
 
 
-def _product(node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.Node], inputs: Inputs) -> Product | None:
+def _product(node: fx.Node, anchor: Anchor, tainted: set[fx.Node], inputs: Inputs) -> Product | None:
+    """The product that ``node`` is; where both operands come from codes, with the proven one as the weight."""
+    sides = [left for left, at in ((True, anchor.left), (False, anchor.right)) if node.args[at] in tainted]
+    tries = [product for left in sides if (product := _with_weight(node, anchor, left, tainted, inputs)) is not None]
+    proven = (product for product in tries if isinstance(product.weight, Weight))
+    return next(proven, tries[0] if tries else None)
+
+
+def _with_weight(
+    node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.Node], inputs: Inputs
+) -> Product | None:
     weight_at, x_at = (anchor.left, anchor.right) if weight_left else (anchor.right, anchor.left)
     cone = extract(node.args[weight_at], tainted)
     codes = code_leaf(cone, inputs)
@@ -78,6 +88,32 @@ def _product(node: fx.Node, anchor: Anchor, weight_left: bool, tainted: set[fx.N
     with _torch.real_tensors(), torch.no_grad():
         weight = _proven(cone, codes, inputs)
     return Product(node, anchor, codes, node.args[x_at], weight_left, weight)
+
+
+def _elsewhere(graph: fx.Graph, inputs: Inputs, tainted: set[fx.Node], refused: set[fx.Node]) -> list[Product]:
+    """The model's weights with block scales that meet an activation in some other operation, each once."""
+    of_the_call: set[fx.Node] = set()
+    found: dict[fx.Node, Product] = {}
+    for node in graph.nodes:
+        is_argument = node.op == "placeholder" and not inputs.is_constant(node)
+        if is_argument or of_the_call.intersection(node.all_input_nodes):
+            of_the_call.add(node)
+        if is_product(node) or gather_ids(node, tainted) is not None:
+            continue
+        activations = [n for n in node.all_input_nodes if n in of_the_call and _is_float(n)]
+        for weight in node.all_input_nodes if activations else ():
+            if weight not in tainted or weight in of_the_call:
+                continue
+            cone = extract(weight, tainted)
+            codes = code_leaf(cone, inputs)
+            if inputs.is_constant(codes) and codes not in refused and scale_leaf(cone, codes) is not None:
+                refusal = Refusal(Reason.NO_PRODUCT, str(node.target))
+                found.setdefault(codes, Product(node, None, codes, activations[0], False, refusal))
+    return list(found.values())
+
+
+def _is_float(node: fx.Node) -> bool:
+    return value(node) is not None and value(node).is_floating_point()
 
 
 def _look_up(node: fx.Node, tainted: set[fx.Node], inputs: Inputs) -> Product | None:

@@ -69,6 +69,10 @@ class Reason(Enum):
         "this GPU multiplies FP4 natively (SM100 and up)",
         "use a backend that does; fp4pass serves GPUs below SM100",
     )
+    NO_PRODUCT = (
+        "the weight meets an activation in an operation that is no matrix product to fp4pass",
+        "multiply by a linear layer, torch.mm, torch.bmm or a grouped product",
+    )
     NO_SCALES = (
         "no block scales were found beside the codes",
         "NVFP4 needs an E4M3 scale for every 16 elements",

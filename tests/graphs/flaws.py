@@ -78,6 +78,16 @@ def has_numbers(recipe: Recipe) -> bool:
     return not recipe.decode.startswith("bytes")
 
 
+def has_global(recipe: Recipe) -> bool:
+    """Whether the global scale is part of the weight."""
+    return bool(recipe.factor_goes) and recipe.factor != "absent"
+
+
+def in_wide_floats(recipe: Recipe) -> bool:
+    """Whether large numbers are no infinity."""
+    return has_global(recipe) and recipe.through != torch.float16
+
+
 def all_experts_at_once(recipe: Recipe) -> bool:
     """Whether the last entry of the first dimension is the last expert."""
     return recipe.experts > 0 and not recipe.product.startswith("gathered_first")
@@ -100,13 +110,20 @@ FLAWS: dict[str, Flaw] = {
     "values_clamped": Flaw("values", lambda v, x: v.clamp(-4, 4)),
     "values_moved": Flaw("values", lambda v, x: v + 0.125),
     "values_over_their_amax": Flaw("values", lambda v, x: v / v.abs().amax(-1, keepdim=True)),
-    "global_squared": Flaw("factor", lambda f, x: f * f, lambda r: bool(r.factor_goes) and r.factor != "absent"),
-    "global_rooted": Flaw("factor", lambda f, x: f.sqrt(), lambda r: bool(r.factor_goes) and r.factor != "absent"),
+    "global_squared": Flaw("factor", lambda f, x: f * f, has_global),
+    "global_rooted": Flaw("factor", lambda f, x: f.sqrt(), has_global),
+    "global_without_sign": Flaw("factor", lambda f, x: f.abs(), has_global),
+    "global_clamped_below": Flaw("factor", lambda f, x: f.clamp(min=0.01), has_global),
+    "global_clamped_above": Flaw("factor", lambda f, x: f.clamp(max=1000), has_global),
+    "global_a_power_of_two": Flaw("factor", lambda f, x: torch.exp2(f.abs().log2().round()) * f.sign(), has_global),
+    "global_in_float8": Flaw("factor", lambda f, x: f.to(torch.float8_e5m2).to(f.dtype), has_global),
     "weight_doubled": Flaw("weight", lambda w, x: w * 2),
     "weight_times_an_eighth_more": Flaw("weight", lambda w, x: w * 1.125),
     "weight_negated": Flaw("weight", lambda w, x: -w),
     "weight_moved": Flaw("weight", lambda w, x: w + 0.5),
     "weight_clamped": Flaw("weight", lambda w, x: w.clamp(-100, 100)),
+    "weight_clamped_far_away": Flaw("weight", lambda w, x: w.clamp(max=2.0**40), in_wide_floats),
+    "small_weights_lost": Flaw("weight", lambda w, x: torch.where(w.abs() < 1e-6, torch.zeros_like(w), w), has_global),
     "weight_over_its_amax": Flaw("weight", lambda w, x: w / w.abs().amax()),
     "weight_late_row": Flaw("weight", late_row_doubled),
     "weight_late_row_by_mask": Flaw("weight", late_row_by_mask),

@@ -165,6 +165,57 @@ def test_another_decode(decode, reason):
     assert_refused(Packed(replace(PLAIN, decode=decode)), (activations(3, K),), reason)
 
 
+ELSEWHERE = {
+    "convolution": lambda m, x, _: functional.conv1d(x.T[None], m.weight(x.dtype).unsqueeze(-1))[0].T,
+    "product_and_sum": lambda m, x, _: (x.unsqueeze(1) * m.weight(x.dtype)).sum(-1),
+    "added_to": lambda m, x, _: x[:1] + m.weight(x.dtype),
+}
+
+
+@pytest.mark.parametrize("multiply", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_weight_in_another_operation(multiply):
+    assert_refused(Packed(replace(PLAIN, multiply=multiply)), (activations(3, K),), Reason.NO_PRODUCT)
+
+
+@torch.no_grad()
+def test_a_product_of_what_another_operation_made_of_the_same_weight():
+    def both(m, x, _):
+        weight = m.weight(x.dtype)
+        return (x.unsqueeze(1) * weight).sum(-1) @ weight
+
+    run = compiling(Packed(replace(PLAIN, multiply=both)), {"check": True})
+    run(activations(3, K))
+    (rewritten,), (refused,) = run.report.rewritten, run.report.refused
+    assert rewritten.op == "fp4pass.linear_backward" and refused.reason.startswith(Reason.NO_PRODUCT.sentence)
+
+
+def globally(change, through=torch.float32):
+    """A decode with something done to the global scale."""
+
+    def decode(m, dtype):
+        scale = m.scale.to(through) * change(m.factor.to(through))
+        return (blocks(values_of(m).to(through)) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+
+    return decode
+
+
+GLOBALS = {
+    "clamped_at_a_ten_thousandth": globally(lambda g: g.clamp(min=1e-4)),
+    "clamped_at_five_thousand": globally(lambda g: g.clamp(max=5000)),
+    "clamped_below_in_half": globally(lambda g: g.clamp(min=0.001), torch.float16),
+    "clamped_above_in_half": globally(lambda g: torch.where(g > 10, 10, g), torch.float16),
+    "without_its_sign": globally(torch.abs),
+    "a_power_of_two": globally(lambda g: torch.exp2(g.log2().round())),
+    "in_three_bits": globally(lambda g: g.to(torch.float8_e4m3fn).float()),
+    "with_an_epsilon": globally(lambda g: g + 1e-8),
+}
+
+
+@pytest.mark.parametrize("decode", GLOBALS.values(), ids=GLOBALS)
+def test_another_global_scale(decode):
+    assert_refused(Packed(replace(PLAIN, decode=decode)), (activations(3, K),), Reason.WRONG_VALUES)
+
+
 def test_an_activation_in_the_weight():
     x = activations(3, K)
     by_a_number = replace(PLAIN, multiply=lambda m, x, _: functional.linear(x, m.weight(x.dtype) * x.mean()))
