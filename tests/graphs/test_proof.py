@@ -39,6 +39,16 @@ def assert_no_worse(result, plain, exact):
     assert relative_error(result, exact) <= max(relative_error(plain, exact), FLOAT32_ERROR)
 
 
+# Everything that is called in the graph of a spelling once it is rewritten: nothing of the decode is left.
+VIEWED = "view.dtype -> linear.default"
+LEFT = {
+    "global_divides": "view.dtype -> reciprocal.default -> linear.default",
+    "scales_in_tiles": "view.dtype -> reshape.default -> permute.default -> reshape.default -> linear.default",
+    "scaled_output": "view.dtype -> linear.default -> mul.Tensor",
+    "scaled_output in 16 bits": "view.dtype -> linear.default -> convert_element_type.default -> mul.Tensor",
+}
+
+
 @pytest.mark.parametrize("name, dtype", every_dtype(LINEARS))
 @torch.no_grad()
 def test_linear(name, dtype):
@@ -46,6 +56,8 @@ def test_linear(name, dtype):
     run, x = compiling(module, {"check": True}), activations(64, module.exact.shape[1], dtype=dtype)
     result = run(x)
     assert_rewritten(run, LINEARS[name])
+    left = " -> ".join(op.partition(".")[2] for op in called(run.graphs[0]))
+    assert left == LEFT.get(name if dtype == torch.float32 else f"{name} in 16 bits", LEFT.get(name, VIEWED))
     assert_no_worse(result, module(x), module.exact_product(x))
 
 
