@@ -13,7 +13,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not fuzz"
 
 fuzz: .venv/ready
-	$(BIN)/python -m pytest -m fuzz
+	$(BIN)/python -m pytest -n 2 -m fuzz
 
 lint: .venv/ready
 	$(BIN)/ruff check .
