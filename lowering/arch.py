@@ -111,7 +111,7 @@ _BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
 
 # The most rows of x that each is for, then warps, rows of units, depth, early: the fastest of those tried on an H200.
 # Low weights need more warps to each row of units; in wide ones with a short K two rows of units share a load of x.
-_FEW_LOW = ((16, 8, 1, 8, True), (32, 4, 1, 8, False), (64, 4, 1, 8, True))
+_FEW_LOW = ((16, 8, 1, 8, True), (32, 4, 1, 8, False))
 _FEW = ((32, 4, 1, 8, False), (64, 4, 1, 8, True))
 _FEW_WIDE = ((16, 4, 1, 8, True), (32, 4, 2, 4, True))
 _FEW_WIDE_SHORT = ((32, 4, 2, 4, True),)
@@ -119,11 +119,19 @@ _FEW_EXPERTS = ((32, 2, 2, 4, False),)
 _LOW, _SHORT = 3072, 4096
 # From so many rows on wgmma is worth its longer way for experts and for weights of so many elements.
 _FEWEST_FOR_WGMMA, _HEAVY = 16, 1 << 26
-_LOW_TILE, _MIDDLE, _LARGE = ManyRows(64, 10), ManyRows(128, 7), ManyRows(256, 5)
-_MANY = ((64, _LOW_TILE), (192, _MIDDLE), (_ANY, _LARGE))
+# The large tile is the faster one where it is full.
+_SMALL, _MIDDLE, _LARGE = ManyRows(64, 10), ManyRows(128, 7), ManyRows(256, 5)
+_MANY = ((64, _SMALL), (448, _MIDDLE), (_ANY, _LARGE))
+_MANY_EXPERTS = ((64, _SMALL), (128, _MIDDLE), (_ANY, _LARGE))
 # Two programs on a multiprocessor decode for each other's products, where there is work enough for both.
-_MANY_WIDE = ((32, ManyRows(32, 8, 2)), (64, ManyRows(64, 7, 2)), (128, _MIDDLE), (_ANY, _LARGE))
-_MANY_EXPERTS = ((64, _LOW_TILE), (128, _MIDDLE), (_ANY, _LARGE))
+_MANY_WIDE = (
+    (32, ManyRows(32, 8, 2)),
+    (64, ManyRows(64, 7, 2)),
+    (160, _MIDDLE),
+    (256, _LARGE),
+    (384, _MIDDLE),
+    (_ANY, _LARGE),
+)
 
 _MOST_SPLITS = 8
 _FEWEST_STEPS_A_SPLIT = 2

@@ -117,9 +117,13 @@ def _multiplied_in_fp8(
     one = torch.nn.functional.ScalingType.TensorWise
     weight = weight.contiguous().view(torch.float8_e4m3fn).t()
     scales = input_scale.reshape(()), one, weight_scale.reshape(()), one
-    total = torch.nn.functional.scaled_mm(values.reshape(-1, x.shape[-1]), weight, *scales, output_dtype=x.dtype)
-    total = total.view(out_shape)
-    return total if bias is None else total + bias.to(total.dtype)
+    rows = values.reshape(-1, x.shape[-1])
+    if bias is None or x.dtype == torch.float32:  # with which torch takes no bias
+        total = torch.nn.functional.scaled_mm(rows, weight, *scales, output_dtype=x.dtype).view(out_shape)
+        return total if bias is None else total + bias.to(total.dtype)
+    # Inside of it the bias is added before the only rounding.
+    bias = bias.to(x.dtype)
+    return torch.nn.functional.scaled_mm(rows, weight, *scales, bias=bias, output_dtype=x.dtype).view(out_shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

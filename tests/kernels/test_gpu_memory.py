@@ -19,9 +19,9 @@ fp4pass = torch.ops.fp4pass
 HALF, CUDA = torch.bfloat16, "cuda"
 WITHIN = 0.0025
 # Between the launches' bounds, and one row more than a tile.
-ROWS = (1, 12, 17, 33, 65, 129, 257)
+ROWS = (1, 12, 17, 33, 65, 129, 257, 449)
 # Their heights choose between the launches of dense products, and their depths; none is a multiple of a tile's.
-DENSE = [(n, k) for n in (208, 3088, 8208) for k in (192, 4160)]
+DENSE = [(n, k) for n in (208, 3088, 8208) for k in (192, 4160)] + [(8208, 8256)]
 EXPERTS, WIDTHS = 3, (208, 192)
 
 
@@ -104,5 +104,5 @@ def test_the_kernel_that_only_reads():
     codes, scale, _ = weight(EXPERTS, 208, 208, device=CUDA)
     for share in WORDS_A_PROGRAM:
         found = stream(codes, scale, torch.tensor([2, 0], device=CUDA), share)
-        total = codes.view(torch.int32).flatten(1).sum(1) + scale.view(torch.int32).flatten(1).sum(1)
+        total = sum(each.flatten(1).view(torch.int32).sum(1) for each in (codes, scale))
         assert torch.equal(found.sum(1, dtype=torch.int32), total[[2, 0]].int())
