@@ -62,7 +62,6 @@ def fills(cone: Cone, roles: Roles, replay: Replay) -> Iterator[Fill]:
     """The fills to try in turn, cheapest and most telling first."""
     generator = torch.Generator().manual_seed(0x4E5646)
     each_size = runs(roles, replay)
-    narrow = any(value(n) is not None and value(n).dtype == torch.float16 for n in (*cone.nodes, *cone.leaves))
 
     def fill(sizes: Sizes | None, scale_bytes: torch.Tensor, factors: torch.Tensor, exact: bool = True) -> Fill:
         return Fill(_leaves(roles, replay, sizes, generator, scale_bytes, factors), sizes, exact)
@@ -72,9 +71,19 @@ def fills(cone: Cone, roles: Roles, replay: Replay) -> Iterator[Fill]:
         yield fill(sizes, _FINITE, factors)
     first, second, *_ = each_size
     # A bound on any value in between would show where they are large or small.
-    for scale_bytes, exponent in _HALF_REACH if narrow else _REACH:
+    for scale_bytes, exponent in _HALF_REACH if _in_half(cone, roles) else _REACH:
         yield fill(first, scale_bytes, _powers(exponent))
     yield fill(second, _FINITE, _UNEVEN, exact=False)
+
+
+def _in_half(cone: Cone, roles: Roles) -> bool:
+    """Whether something that the global scale is part of is held in half precision."""
+    parts = {roles.global_scale}
+    for node in cone.nodes:
+        if parts.intersection(node.all_input_nodes):
+            parts.add(node)
+    found = (value(node) for node in parts if node is not None)
+    return any(tensor is not None and tensor.dtype == torch.float16 for tensor in found)
 
 
 def _powers(*exponents: int) -> torch.Tensor:

@@ -85,7 +85,7 @@ def has_global(recipe: Recipe) -> bool:
 
 def in_wide_floats(recipe: Recipe) -> bool:
     """Whether large numbers are no infinity."""
-    return has_global(recipe) and recipe.through != torch.float16
+    return has_global(recipe) and torch.float16 not in (recipe.through, recipe.dtype)
 
 
 def all_experts_at_once(recipe: Recipe) -> bool:
