@@ -6,13 +6,12 @@ Asked before transformers reads any of it, since what goes wrong there is said w
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from fp4pass.errors import CheckpointError
 
-from .validate import check_place
+from .validate import check_place, open_safetensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _AGAIN = "download this file again"
@@ -80,21 +79,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _check_safetensors(file: Path) -> None:
     """Refuse a header that says ``format`` something else than PyTorch's, which transformers would stumble over."""
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        text = opened.read(length) if 0 < length <= file.stat().st_size else b""
-    try:
-        header = json.loads(text)
-        metadata = header.get("__metadata__") or {}
-        found = metadata.get("format", "pt")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file.name} cannot be read as safetensors",
-            seen=f"a header that is not a JSON object: {error}",
-            expected="a complete safetensors file",
-            do=_AGAIN,
-        ) from error
+    with open_safetensors(file) as opened:
+        found = (opened.metadata() or {}).get("format", "pt")
     if found != "pt":
         raise CheckpointError(
             f"{file.name} is not a file of PyTorch tensors",

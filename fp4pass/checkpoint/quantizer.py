@@ -7,18 +7,16 @@ gives the original names and bytes.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -37,7 +35,8 @@ from .fp8 import FP8Linear
 from .modules import MODELOPT, stacked
 from .packed import PackedModule, Parts
 from .replace import replace_quantized
-from .validate import KV_CACHE, MTP, Header, check_headers, read_headers
+from .stacks import READ_WITH_FIRST, read_stack, stacking
+from .validate import KV_CACHE, MTP, Header, check_headers, read_headers, stored_names
 from .values import check_values
 
 METHOD, COMPRESSED_METHOD = "modelopt", "fp4pass-compressed-tensors"
@@ -121,6 +120,7 @@ class ModelOptQuantizer(HfQuantizer):
         replace_quantized(model, self.precision, headers, prefix, self.parts)
         check_headers(model, headers, prefix)
         self._drop(model, headers)
+        _ignore(model, re.escape(READ_WITH_FIRST))
         _keep_routers_in_float32(model, headers, prefix)
         self._headers, self._prefix = headers, prefix
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -135,8 +135,7 @@ class ModelOptQuantizer(HfQuantizer):
             names = tuple(name for name in headers if re.search(pattern, name))
             if names:
                 logger.info("%d tensors are not loaded, %s: %s", len(names), what, _shortened(names))
-                ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
-                model._keys_to_ignore_on_load_unexpected = ignored
+                _ignore(model, pattern)
             self.dropped += names
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -156,7 +155,11 @@ class ModelOptQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
         """Stack each part of the experts' matrices along a new first dimension; replaces the model's own stacking."""
-        own = [_stacking(projection, *names) for projection in _PROJECTIONS for names in self._expert_parts(projection)]
+        own = [
+            stacking(projection, *names, self._read_stack)
+            for projection in _PROJECTIONS
+            for names in self._expert_parts(projection)
+        ]
         stacks = {f"mixer.experts.{projection}" for projection in _PROJECTIONS}
         return [*(entry for entry in weight_conversions if not stacks & set(entry.target_patterns)), *own]
 
@@ -164,6 +167,12 @@ class ModelOptQuantizer(HfQuantizer):
         """``(name in the file, name of the stacked parameter)`` of an expert's matrix; BF16 experts have ``weight``."""
         names = dict(zip(astuple(self.parts)[:4], astuple(stacked(self.parts, projection))[:4], strict=True))
         yield from ({"weight": projection} | names).items()
+
+    def _read_stack(self, model: nn.Module, parameter: str, device: torch.device) -> torch.Tensor:
+        """All of ``parameter``, which stacks the experts' tensors, on ``device``."""
+        owner, _, name = parameter.rpartition(".")
+        stored = stored_names(model.get_submodule(owner), checkpoint_name(self._prefix + owner), name)
+        return read_stack([self._headers[each] for each in stored], device)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """The state dict to save. Reordered codes go to host memory one module at a time, never twice on the device."""
@@ -200,58 +209,17 @@ class CompressedTensorsQuantizer(ModelOptQuantizer):
     reader = CompressedConfig
 
 
+def _ignore(model: nn.Module, pattern: str) -> None:
+    """Have the loader say nothing of tensors whose names match ``pattern``."""
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
+
+
 def _keep_routers_in_float32(model: nn.Module, headers: Mapping[str, Header], prefix: str) -> None:
     """A router computes in float32 whatever its weight's dtype; where a release stores it in float32, it stays so."""
     for name, module in model.named_modules():
         stored = headers.get(checkpoint_name(f"{prefix}{name}.weight"))
         if name.endswith("mixer.gate") and stored is not None and stored.dtype == "F32":
             module.weight = nn.Parameter(module.weight.float())
-
-
-class _Stack(MergeModulelist):
-    """Stacks like its base, and is undone by ``_Unstack``."""
-
-    @property
-    def reverse_op(self) -> SplitModulelist:
-        return _Unstack(self.dim)
-
-
-class _Unstack(SplitModulelist):
-    """Takes away the stacked dimension alone; its base, in some versions, drops every other of size 1 as well."""
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, torch.Tensor], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        """``{name of the stack: tensor}`` -> ``{name of each expert's tensor: that}``."""
-        found: dict[str, torch.Tensor] = {}
-        for name, tensors in input_dict.items():
-            stack = tensors[0] if isinstance(tensors, list) else tensors
-            targets = self.get_target_patterns(input_dict, name, target_patterns, stack.size(self.dim))
-            found |= dict(zip(targets, stack.unbind(self.dim), strict=True))
-        return found
-
-    @property
-    def reverse_op(self) -> MergeModulelist:
-        return _Stack(self.dim)
-
-
-class _Stacking(WeightConverter):
-    """A converter that costs next to nothing to copy.
-
-    The loader copies it for each of 10,000s of tensors, and uses one copy for each stack.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Stacking:
-        fresh = copy.copy(self)
-        fresh.collected_tensors, fresh.layer_targets = defaultdict(list), defaultdict(set)
-        return fresh
-
-
-def _stacking(projection: str, part: str, parameter: str) -> _Stacking:
-    # One name is the beginning of another; the lookaheads hold them apart and are dropped where a pattern is a target.
-    source = f"mixer.experts.*.{projection}.{part}(?!_)"
-    return _Stacking(source, f"mixer.experts.{parameter}(?!_)", operations=[_Stack(dim=0)])
 
 
 def _log_fp8(model: nn.Module) -> None:

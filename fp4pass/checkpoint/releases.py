@@ -119,7 +119,7 @@ RELEASES = {
         time_step_limit=1e308,
         counts_by_list=True,
     ),
-    # The dimensions are those of the BF16 release; which layers are in FP8 is not in any file that we could compare with.
+    # The dimensions are those of the BF16 release; which layers are in FP8 is in no file that we could compare with.
     "nano-4b": Release(
         "NVIDIA-Nemotron-3-Nano-4B-NVFP4",
         Sizes(

@@ -5,11 +5,15 @@ Only the headers of the safetensors files are read here; what needs the numbers 
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +26,16 @@ from .fp8 import FP8Linear
 from .modules import MODELOPT, NVFP4Experts, stacked
 from .packed import PackedModule
 
-_SPELLING = {
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
+TORCH_DTYPES = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
 }
+"""The dtypes that a tensor of a model may have on disk, by their names there."""
+_SPELLING = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _DENSE = ("BF16", "F16", "F32", "F64")
 
 KV_CACHE = r"\.[kv]_scale$"
@@ -39,11 +46,17 @@ MTP = r"^mtp\."
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about one of its tensors."""
+    """What a safetensors file says about one of its tensors, whose bytes begin ``offset`` bytes into file ``path``."""
 
     dtype: str
     shape: tuple[int, ...]
-    file: str
+    path: Path
+    offset: int
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return self.path.name
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)} in {self.file}"
@@ -71,12 +84,21 @@ def read_headers(files: Iterable[str | os.PathLike], folder: str | os.PathLike |
 
 
 def _headers_of(path: Path) -> dict[str, Header]:
-    headers = {}
+    with open_safetensors(path):  # which looks whether header and file belong together
+        entries, start = _raw_header(path)
+    return {
+        checkpoint_name(name): Header(entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """The opened file. Raises CheckpointError for one that is no complete safetensors file."""
     try:
         with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                part = opened.get_slice(name)
-                headers[checkpoint_name(name)] = Header(part.get_dtype(), tuple(part.get_shape()), path.name)
+            yield opened
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path.name} cannot be read as safetensors",
@@ -84,7 +106,13 @@ def _headers_of(path: Path) -> dict[str, Header]:
             expected="a complete safetensors file",
             do="download this file again",
         ) from error
-    return headers
+
+
+def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON object at the beginning of a safetensors file, and how many bytes into the file the data begin."""
+    with path.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        return json.loads(opened.read(length)), 8 + length
 
 
 def check_place(path: Path, folder: str | os.PathLike | None) -> None:
