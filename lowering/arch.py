@@ -119,19 +119,13 @@ _FEW_EXPERTS = ((32, 2, 2, 4, False),)
 _LOW, _SHORT = 3072, 4096
 # From so many rows on wgmma is worth its longer way for experts and for weights of so many elements.
 _FEWEST_FOR_WGMMA, _HEAVY = 16, 1 << 26
-# The large tile is the faster one where it is full.
-_SMALL, _MIDDLE, _LARGE = ManyRows(64, 10), ManyRows(128, 7), ManyRows(256, 5)
-_MANY = ((64, _SMALL), (448, _MIDDLE), (_ANY, _LARGE))
-_MANY_EXPERTS = ((64, _SMALL), (128, _MIDDLE), (_ANY, _LARGE))
-# Two programs on a multiprocessor decode for each other's products, where there is work enough for both.
-_MANY_WIDE = (
-    (32, ManyRows(32, 8, 2)),
-    (64, ManyRows(64, 7, 2)),
-    (160, _MIDDLE),
-    (256, _LARGE),
-    (384, _MIDDLE),
-    (_ANY, _LARGE),
-)
+# Two programs on a multiprocessor decode for each other's products, where there is work enough for both. The large tile
+# is the fastest where it is full.
+_SMALLEST, _SMALL, _ALONE = ManyRows(32, 8, 2), ManyRows(64, 6, 2), ManyRows(64, 10)
+_MIDDLE, _LARGE = ManyRows(128, 7), ManyRows(256, 5)
+_MANY = ((64, _ALONE), (512, _MIDDLE), (_ANY, _LARGE))
+_MANY_WIDE = ((32, _SMALLEST), (64, _SMALL), (128, _MIDDLE), (256, _LARGE), (384, _MIDDLE), (_ANY, _LARGE))
+_MANY_EXPERTS = ((32, _SMALLEST), (64, _SMALL), (128, _MIDDLE), (_ANY, _LARGE))
 
 _MOST_SPLITS = 8
 _FEWEST_STEPS_A_SPLIT = 2

@@ -13,9 +13,16 @@ from fp4pass.lowering.arch import ManyRows
 from . import gluon_compiling as compiling
 
 HOPPER = arch.ARCHS[90]
-# In the highest tile the sums fill the registers of a group. Behind the last product of a tile, addresses of what is
-# stored are put aside: so many loads and stores of them Triton 3.9 makes at most (3.6 makes two).
-MOST_SPILLS = {(256, "dense"): 6, (256, "plain"): 6, (256, "down"): 34, (64, "dense"): 6}
+# In the highest tile the sums fill the registers of a group, and two programs share what one has otherwise. Behind the
+# last product of a tile, addresses are put aside: so many loads and stores of them Triton 3.9 makes at most (3.6: two).
+MOST_SPILLS = {
+    (256, "dense"): 6,
+    (256, "plain"): 6,
+    (256, "down"): 34,
+    (64, "dense"): 6,
+    (64, "up"): 4,
+    (32, "down"): 4,
+}
 # Instructions of the loop for a word of eight codes, everything included; the decoding takes 15 of them.
 MOST_FOR_A_WORD = 36
 CASES = [
