@@ -16,7 +16,6 @@ from fp4pass import _torch
 from fp4pass.errors import ActivationError, UnmatchedError
 from fp4pass.inputs import CallInputs
 from fp4pass.lowering import ops  # noqa: F401  # registers what a cached graph calls
-from fp4pass.match.reasons import Reason
 from fp4pass.options import Options
 from fp4pass.pipeline import Fp4Pass, experts_without_backward
 from fp4pass.report import Report, Store, remember
