@@ -44,7 +44,7 @@ MTP = r"^mtp\."
 """The multi-token-prediction layers, which the model class of transformers does not have."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Header:
     """What a safetensors file says about one of its tensors, whose bytes begin ``offset`` bytes into file ``path``."""
 
