@@ -36,7 +36,7 @@ from .modules import MODELOPT, stacked
 from .packed import PackedModule, Parts
 from .replace import replace_quantized
 from .stacks import READ_WITH_FIRST, read_stack, stacking
-from .validate import KV_CACHE, MTP, Header, check_headers, read_headers, stored_names
+from .validate import KV_CACHE, MTP, TORCH_DTYPES, Header, check_headers, read_headers, stored_names
 from .values import check_values
 
 METHOD, COMPRESSED_METHOD = "modelopt", "fp4pass-compressed-tensors"
@@ -174,17 +174,19 @@ class ModelOptQuantizer(HfQuantizer):
         stored = stored_names(model.get_submodule(owner), checkpoint_name(self._prefix + owner), name)
         return read_stack([self._headers[each] for each in stored], device)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The state dict to save. Reordered codes go to host memory one module at a time, never twice on the device."""
-        reordered = [module for module in model.modules() if isinstance(module, PackedModule) and not module.is_plain]
-        if not reordered:
-            return None, {}
         state: dict[str, torch.Tensor] = {}
         for name, module in model.named_modules():
             before = len(state)
             module._save_to_state_dict(state, f"{name}." if name else "", False)
-            if isinstance(module, PackedModule):
+            if isinstance(module, PackedModule) and not module.is_plain:
                 state |= {key: state[key].cpu() for key in list(state)[before:]}
+        for key, tensor in state.items():
+            stored = self._headers.get(checkpoint_name(self._prefix + key))
+            if stored is not None and tensor.dtype == torch.float32 != model.dtype:
+                # One that its class keeps in float32 whatever the model's dtype, and the files do not.
+                state[key] = tensor.to(TORCH_DTYPES[stored.dtype])
         return state, {}
 
     def is_serializable(self) -> bool:
