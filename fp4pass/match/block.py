@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fp4pass import _torch
-from fp4pass.match.cone import value
+from fp4pass.match.cone import computes_with_a_size, value
 from fp4pass.match.products import Product
 from fp4pass.match.shapes import concrete
 from fp4pass.match.structure import Memo, structure
@@ -129,7 +129,7 @@ def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | 
             if leaves.setdefault(kind, node) is not node:
                 return None
             continue
-        if node.op != "call_function" or len(seen) > LARGEST_REGION:
+        if node.op != "call_function" or len(seen) > LARGEST_REGION or computes_with_a_size(node):
             return None
         stack.append((node, True))
         product = next((p for p in (up, down) if p.node is node), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ aten = torch.ops.aten
 CODE_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
 SMALLEST_WEIGHT = 256  # 16 rows of one block
 GATHERS = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class Inputs(Protocol):
@@ -122,11 +124,40 @@ def gather_ids(node: fx.Node, tainted: set[fx.Node]) -> fx.Node | None:
             return None
     else:
         source, ids = node.args[0], node.args[1]
-    if not isinstance(ids, fx.Node) or ids in tainted or ids.op == "get_attr":
+    if not isinstance(ids, fx.Node) or ids in tainted or ids.op == "get_attr" or _is_float8(origin(ids)):
         return None
     tensor = value(ids)
     whole = value(source) is not None and tensor is not None and tensor.dtype in (torch.int32, torch.int64)
     return ids if whole else None
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """Back through operations on one tensor alone: views, casts, slices."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_float8(node: fx.Node) -> bool:
+    """Whether a node holds E4M3: numbers made of it pick from a table of scales, not among experts."""
+    return value(node) is not None and value(node).dtype == torch.float8_e4m3fn
+
+
+def varying_sizes(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """The sizes that may be others in the next call and that ``node`` reads, each with whether it reads it as a number
+    to compute with; otherwise it stands among the sizes of a shape."""
+    for argument in (*node.args, *node.kwargs.values()):
+        is_list = isinstance(argument, (list, tuple))
+        for each in argument if is_list else (argument,):
+            if isinstance(each, fx.Node) and isinstance(each.meta.get("val"), _SIZES):
+                yield each, not is_list
+
+
+def computes_with_a_size(node: fx.Node) -> bool:
+    """Whether a size that may be another in the next call is one of the numbers that ``node`` computes with."""
+    makes_numbers = node.target in (aten.full.default, aten.scalar_tensor.default)
+    makes_numbers |= torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return makes_numbers and any(computed for _, computed in varying_sizes(node))
 
 
 def extract(root: fx.Node, tainted: set[fx.Node]) -> Cone:

@@ -7,6 +7,7 @@ compared for equality.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -21,7 +22,7 @@ from fp4pass.match.replay import Replay
 from fp4pass.match.roles import Roles, numel
 from fp4pass.match.shapes import EXPERTS, GATHERED, PADDED_ROWS, ROWS, Sizes
 
-# Among so many random scale bytes each of the 254 finite ones is there, but for one in 50.
+# Of so many blocks each of the 254 finite scale bytes has four, with other codes in each.
 _BLOCKS = 1024
 SMALL_EXPERTS, SMALL_GATHERED = (2, 3), (5, 7)
 # Finite E4M3 bytes; the extreme ones are zero, the subnormals' ends, a half, one, and the largest, of both signs.
@@ -108,14 +109,17 @@ def _leaves(
     scale_bytes: torch.Tensor,
     factors: torch.Tensor,
 ) -> dict[fx.Node, torch.Tensor]:
-    """Random codes; scale bytes and global scales picked at random from those given."""
+    """Random codes; scale bytes and global scales from those given, each as often as any other, in random places."""
     full = {symbol.name: symbol.full for symbol in roles.symbols().values()}
 
     def shape(node: fx.Node) -> list[int]:
         return [scaled(dim, sizes or full) for dim in replay.leaf_shapes[node]]
 
     def picked(choices: torch.Tensor, node: fx.Node) -> torch.Tensor:
-        return choices[torch.randint(0, len(choices), shape(node), generator=generator)]
+        sizes = shape(node)
+        start = torch.randint(0, len(choices), (), generator=generator)
+        each_in_turn = torch.randperm(math.prod(sizes), generator=generator) + start
+        return choices[each_in_turn.reshape(sizes) % len(choices)]
 
     *lead, last = shape(roles.codes)
     packed = [*lead, last * value(roles.codes).element_size()]
@@ -179,6 +183,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def decoded(roles: Roles, replay: Replay, fill: Fill) -> torch.Tensor:
-    """What the cone makes of a fill, in float64. A batch of one matrix, as einsum makes it, counts as the matrix."""
+    """What the cone makes of a fill, in float64. A batch of one matrix, over and over, counts as the matrix."""
     found = replay(fill.leaves, fill.sizes).to(torch.float64)
-    return found[0] if roles.experts is None and found.dim() == 3 and found.shape[0] == 1 else found
+    is_batch = roles.experts is None and found.dim() == 3 and len(found) > 0
+    return found[0] if is_batch and bool((found == found[:1]).all()) else found

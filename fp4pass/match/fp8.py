@@ -15,6 +15,7 @@ from fp4pass.match.dims import Symbol, plain
 from fp4pass.match.proof import BYTES_A_WEIGHT, FULL_RUN_BYTES
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.match.replay import CANNOT_RUN, Part, Replay
+from fp4pass.match.roles import size_of_the_call
 from fp4pass.match.shapes import ROWS, Sizes
 from fp4pass.match.structure import Memo, structure
 
@@ -57,6 +58,8 @@ def prove_weight(root: fx.Node, codes: fx.Node) -> FP8Weight | Refusal:
     if len(others) > 1 or not all(is_one_number(leaf) for leaf in others):
         names = ", ".join(leaf.name for leaf in cone.leaves)
         return Refusal(Reason.EIGHT_BIT, f"expected bytes and one scale, found {names}")
+    if (size := size_of_the_call(cone)) is not None:
+        return Refusal(Reason.ACTIVATION, f"a size of the call, {size}")
     scale = others[0] if others else None
     key = (structure((codes, *others), cone.nodes), "weight")
     verdict = _VERDICTS(key, lambda: _read(cone, codes, scale))

@@ -54,7 +54,7 @@ def _prove(cone: Cone, roles: Roles) -> tuple[Convention, bool] | Refusal:
         return Refusal(Reason.GROUPS, str(error))
     if replay.why_full:
         weights = roles.n * roles.k * (roles.experts or 1)
-        too_large = weights * BYTES_A_WEIGHT > FULL_RUN_BYTES
+        too_large = roles.rows_vary or weights * BYTES_A_WEIGHT > FULL_RUN_BYTES
         return Refusal(Reason.TOO_LARGE, replay.why_full) if too_large else _explain(cone, roles, replay)
     return _PROOFS(_what_runs(roles, replay), lambda: _explain(cone, roles, replay))
 

@@ -110,7 +110,8 @@ class Reason(Enum):
         "give the table real values (not meta or fake ones)",
     )
     TOO_LARGE = (
-        "the decode slices or indexes rows or experts by constants, and the weight is too large to run in full",
+        "the decode slices or indexes rows or experts by constants, and the weight is too large, or of too many sizes, "
+        "to run in full",
         "decode all rows and experts by the same operations",
     )
     TOO_OLD = (

@@ -102,6 +102,8 @@ class Replay:
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], sizes: Sizes | None) -> Any:
         if node in self._part.stand_ins:
             return self._part.stand_ins[node].value(values)
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise RuntimeError(f"{node.target} gives other numbers at every call")
         given = self._arguments(node, sizes), self._calls[node][1]
         positional, named = fx.node.map_arg(given, values.__getitem__)
         return _CPU_FORMS.get(node.target, node.target)(*positional, **named)

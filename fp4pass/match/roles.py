@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fp4pass.match.cone import GATHERS, Cone, Inputs, value
+from fp4pass.match.cone import GATHERS, Cone, Inputs, value, varying_sizes
 from fp4pass.match.convention import (
     GROUP,
     LINEAR,
@@ -49,6 +49,11 @@ class Roles:
     def sizes(self) -> tuple[int | None, int, int]:
         """(experts, N, K)."""
         return self.experts, self.n, self.k
+
+    @property
+    def rows_vary(self) -> bool:
+        """Whether another call may gather another number of rows."""
+        return self.ids is not None and not all(isinstance(size, int) for size in value(self.ids).shape)
 
     @property
     def lead(self) -> list[int]:
@@ -123,6 +128,8 @@ def assign(cone: Cone, codes: fx.Node, inputs: Inputs) -> list[Roles] | Refusal:
     """Every way to give all leaves a role that their shapes allow, the likeliest first, or which leaf has none."""
     if len(cone.ids) > 1:
         return Refusal(Reason.IDS, ", ".join(str(n) for n in cone.ids))
+    if (size := size_of_the_call(cone)) is not None:
+        return Refusal(Reason.ACTIVATION, f"a size of the call, {size}")
     tensor = value(codes)
     scale = scale_leaf(cone, codes)
     if not cone.ids and value(cone.root).numel() == _bytes(codes):
@@ -152,6 +159,14 @@ def assign(cone: Cone, codes: fx.Node, inputs: Inputs) -> list[Roles] | Refusal:
         tables.append((leaf, inputs.table(leaf)))
     ids = cone.ids[0] if cone.ids else None
     return [Roles(codes, scale, global_scale, ids, tuple(tables), s.n, s.k, s.experts, s.arrangement) for s in stored]
+
+
+def size_of_the_call(cone: Cone) -> str | None:
+    """A size that may be another in the next call and takes part, other than as the number of gathered rows in a shape:
+    a run at the traced sizes would not show what it does."""
+    gathered = {str(size) for ids in cone.ids for size in value(ids).shape}
+    read = ((str(size.meta["val"]), computed) for node in cone.nodes for size, computed in varying_sizes(node))
+    return next((size for size, computed in read if computed or size not in gathered), None)
 
 
 @dataclass(frozen=True)
@@ -229,7 +244,8 @@ def _is_looked_up(cone: Cone, leaf: fx.Node) -> bool:
             picked_by = index[0] if isinstance(index, (list, tuple)) else index
             if source in derived and picked_by not in cone.ids:
                 return True
-        if set(node.all_input_nodes) <= derived | set(cone.ids):
+        inputs = set(node.all_input_nodes)
+        if inputs & derived and inputs <= derived | set(cone.ids):
             derived.add(node)
     return False
 

@@ -60,11 +60,20 @@ class Context:
         """Whether the rows are as many as a unit of the layout ``fragments`` has."""
         return any(s.name == ROWS and s.size == UNIT_ROWS for s in self._symbols)
 
-    def literal(self, size: int, from_end: int) -> Dim:
+    def literal(self, size: Any, from_end: int) -> Dim:
         """A size that stands in a factory or an expand. A wrong reading makes the scaled run fail, never pass."""
-        if from_end == 1 and size in self._columns:
-            return dims.plain(size)
+        gathered = next(((s,) for s in self._symbols if s.name == GATHERED), None)
+        if isinstance(size, fx.Node) and gathered is not None and not isinstance(size.meta["val"], int):
+            return gathered  # the only size that may be another in the next call
+        size = concrete(size)
+        if from_end == 1:
+            return self.counted(size)
         return next(((s,) for s in self._symbols if s.size == size), dims.plain(size))
+
+    def counted(self, size: int) -> Dim:
+        """A size that may be one of columns: if it can be, it is. Should it count rows it meets them, and nothing
+        passes."""
+        return dims.plain(size) if size in self._columns else self.literal(size, 0)
 
 
 def concrete(argument: Any) -> Any:
@@ -156,24 +165,24 @@ def _view_dtype(node: fx.Node, context: Context) -> Step:
 
 
 def _expand(node: fx.Node, context: Context) -> Step:
-    literals = concrete(node.args[1])
+    literals = node.args[1]
     old = context.shape(node.args[0])
     old = ((),) * (len(literals) - len(old)) + old
     shape = tuple(
-        dim if dim or size in (-1, 1) else context.literal(size, len(literals) - i)
+        dim if dim or concrete(size) in (-1, 1) else context.literal(size, len(literals) - i)
         for i, (dim, size) in enumerate(zip(old, literals, strict=True))
     )
     return Step(shape, lambda sizes: (node.args[0], _sizes(shape, sizes)))
 
 
 def _factory(node: fx.Node, context: Context) -> Step:
-    literals = concrete(node.args[0])
-    shape = tuple(context.literal(size, len(literals) - i) if size != 1 else () for i, size in enumerate(literals))
+    literals = node.args[0]
+    shape = tuple(context.literal(size, len(literals) - i) for i, size in enumerate(literals))
     return Step(shape, lambda sizes: (_sizes(shape, sizes), *node.args[1:]))
 
 
 def _iota(node: fx.Node, context: Context) -> Step:
-    shape = tuple(context.literal(int(concrete(size)), 0) for size in node.meta["val"].shape)
+    shape = tuple(context.counted(int(concrete(size))) for size in node.meta["val"].shape)
     if not all(dims.is_plain(dim) for dim in shape):
         raise NotRescalableError("rows or experts are numbered")
     return Step(shape)
@@ -272,9 +281,26 @@ def _repeat(node: fx.Node, context: Context) -> Step:
 
 def _index(node: fx.Node, context: Context) -> Step:
     source, indices = context.shape(node.args[0]), node.args[1]
-    if len(indices) != 1 or indices[0] is None or indices[0].meta["val"].dtype == torch.bool:
-        raise NotRescalableError("an index other than one tensor into the first dimension")
-    return Step(_looked_up(source, context.shape(indices[0])))
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].meta["val"].dtype == torch.bool:
+        raise NotRescalableError("an index other than one tensor of numbers")
+    return Step(_picked(source, given[0][0], context.shape(given[0][1])))
+
+
+def _picked(source: Shape, dim: int, index: Shape) -> Shape:
+    """The shape of ``source`` with entries of dimension ``dim`` picked by ``index``."""
+    if not dim:
+        return _looked_up(source, index)
+    _plain_dim(source, dim)
+    return (*source[:dim], *index, *source[dim + 1 :])
+
+
+def _gather(node: fx.Node, context: Context) -> Step:
+    source, index = context.shape(node.args[0]), context.shape(node.args[2])
+    dim = _plain_dim(source, node.args[1])
+    if source[:dim] + source[dim + 1 :] != index[:dim] + index[dim + 1 :]:
+        raise NotRescalableError("entries picked for some of the rows")
+    return Step(index)
 
 
 def _looked_up(source: Shape, index: Shape) -> Shape:
@@ -290,11 +316,7 @@ def _embedding(node: fx.Node, context: Context) -> Step:
 
 def _index_select(node: fx.Node, context: Context) -> Step:
     shape = context.shape(node.args[0])
-    dim, index = node.args[1] % len(shape), context.shape(node.args[2])
-    if dim:
-        _plain_dim(shape, dim)
-        return Step((*shape[:dim], *index, *shape[dim + 1 :]))
-    return Step(_looked_up(shape, index))
+    return Step(_picked(shape, node.args[1] % len(shape), context.shape(node.args[2])))
 
 
 def _index_put(node: fx.Node, context: Context) -> Step:
@@ -344,9 +366,10 @@ _RULES = _table(
     (_select, [aten.select]),
     (_reduce, [aten.sum.dim_IntList, aten.amax, aten.amin, aten.mean.dim]),
     (_repeat, [aten.repeat]),
-    (_index, [aten.index]),
+    (_index, [aten.index, aten._unsafe_index]),
     (_embedding, [aten.embedding]),
     (_index_select, [aten.index_select]),
+    (_gather, [aten.gather]),
     (_index_put, [aten.index_put]),
     (_split, [aten.split, aten.split_with_sizes, aten.unbind]),
     (_getitem, [operator.getitem]),

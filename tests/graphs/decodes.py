@@ -66,6 +66,16 @@ def table_by_index_select(m: Packed, dtype: torch.dtype) -> torch.Tensor:
     return scaled(m, m.table.index_select(0, numbers.flatten().long()).view(numbers.shape), dtype)
 
 
+def table_by_gather(m: Packed, dtype: torch.dtype) -> torch.Tensor:
+    numbers = nibbles(m.codes).long()
+    return scaled(m, m.table.expand(numbers.shape[0], 16).gather(1, numbers), dtype)
+
+
+def shifts_by_column_number(m: Packed, dtype: torch.dtype) -> torch.Tensor:
+    shifts = (torch.arange(2 * m.codes.shape[-1]) % 2 * 4).to(torch.uint8)
+    return scaled(m, m.table[((m.codes.repeat_interleave(2, -1) >> shifts) & 15).long()], dtype)
+
+
 def table_of_8_sign_by_where(m: Packed, dtype: torch.dtype) -> torch.Tensor:
     numbers = nibbles(m.codes)
     return scaled(m, m.table[(numbers & 7).long()] * torch.where((numbers & 8).bool(), -1.0, 1.0), dtype)
@@ -167,6 +177,23 @@ def scales_expanded(m: Packed, dtype: torch.dtype) -> torch.Tensor:
 def scales_by_column_number(m: Packed, dtype: torch.dtype) -> torch.Tensor:
     columns = torch.arange(2 * m.codes.shape[-1]) // 16
     return (values_of(m) * m.scale.float()[:, columns] * m.factor).to(dtype)
+
+
+def scales_gathered(m: Packed, dtype: torch.dtype) -> torch.Tensor:
+    values = values_of(m)
+    columns = (torch.arange(values.shape[-1]) // 16).expand(values.shape)
+    return (values * m.scale.float().gather(1, columns) * m.factor).to(dtype)
+
+
+def scales_by_interpolation(m: Packed, dtype: torch.dtype) -> torch.Tensor:
+    return (values_of(m) * functional.interpolate(m.scale.float()[None], scale_factor=16)[0] * m.factor).to(dtype)
+
+
+def scales_from_a_table(m: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """The value of every E4M3 byte, looked up."""
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    scale = table[m.scale.view(torch.uint8).long()] * m.factor
+    return (blocks(values_of(m)) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def global_on_the_weight(m: Packed, dtype: torch.dtype) -> torch.Tensor:

@@ -236,6 +236,17 @@ def test_a_correction_of_low_rank_added_to_the_weight():
     assert_refused(Corrected(), (activations(3, K),), Reason.ACTIVATION)
 
 
+@torch.no_grad()
+def test_a_weight_with_numbers_drawn_at_random():
+    """So seldom that no trial would show it."""
+
+    def multiply(m, x, _):
+        weight = m.weight(x.dtype)
+        return functional.linear(x, torch.where(torch.rand_like(weight) < 1e-9, 0.0, weight))
+
+    assert_refused(Packed(replace(PLAIN, multiply=multiply)), (activations(3, K),), Reason.UNKNOWN_OP, "every call")
+
+
 def test_weights_of_eight_bits():
     class EightBits(nn.Module):
         def __init__(self):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fp4pass.match.convention import Arrangement, Convention
+from fp4pass.match.products import find_products
+from fp4pass.match.proof import Weight
 
 from . import decodes
-from .running import activations, called, compiling, relative_error
+from .running import Known, activations, called, compiling, relative_error, traced
 from .spellings import LINEARS, PRODUCTS_OF_EXPERTS, K, N, Packed, Spelling
 
 FLOAT32_ERROR = 1e-6
@@ -146,6 +149,39 @@ def test_a_single_matrix_in_any_product_that_einsum_makes(equation, shape):
     rewritten(Packed(replace(PLAIN, multiply=multiply)), activations(*shape))
 
 
+@pytest.mark.parametrize("rows", [N, 5])
+@pytest.mark.parametrize("on_the_left", [False, True])
+def test_a_single_matrix_for_every_entry_of_a_batch(on_the_left, rows):
+    def multiply(m, x, _):
+        weight = m.weight(x.dtype)
+        if on_the_left:
+            return (weight @ x.unsqueeze(-1)).squeeze(-1)
+        return torch.bmm(x.unsqueeze(1), weight.t().expand(x.shape[0], -1, -1)).squeeze(1)
+
+    (entry,) = rewritten(Packed(replace(PLAIN, multiply=multiply)), activations(rows, K)).report.rewritten
+    assert entry.op == "fp4pass.linear" and entry.experts == 0
+
+
+@pytest.mark.parametrize("name", ["scales_by_column_number", "scales_gathered", "shifts_by_column_number"])
+@torch.no_grad()
+def test_columns_by_their_numbers_in_a_square_too_large_to_run_in_full(name):
+    """N equals K: what counts columns is told from what counts rows."""
+    size = 4096
+    inputs = {
+        "x": torch.empty(3, size),
+        "codes": torch.empty(size, size // 2, dtype=torch.uint8),
+        "scale": torch.empty(size, size // 16, dtype=torch.float8_e4m3fn),
+        "factor": torch.empty(()),
+        "table": decodes.E2M1,
+    }
+
+    def product(x, **parts):
+        return x @ getattr(decodes, name)(SimpleNamespace(**parts), torch.float32).T
+
+    (found,) = find_products(traced(product, inputs).graph, Known({"table": decodes.E2M1}, frozenset({"x"})))
+    assert isinstance(found.weight, Weight)
+
+
 def test_a_product_with_a_vector():
     rewritten(Packed(replace(PLAIN, multiply=lambda m, x, _: m.weight(x.dtype) @ x)), activations(K))
     over_rows = replace(PLAIN, multiply=lambda m, x, _: m.weight(x.dtype).t() @ x)
@@ -227,9 +263,6 @@ def test_sizes_that_coincide(experts, rows):
 
 def test_the_smallest_weight():
     rewritten(Packed(replace(PLAIN, decode=decodes.arithmetic_on_powers, shape=(16, 16))), activations(3, 16))
-
-
-# --- Known gaps.
 
 
 def test_the_smallest_weight_with_a_table():

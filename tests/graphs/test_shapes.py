@@ -82,3 +82,44 @@ def test_any_number_of_sorted_rows(dynamic):
         x = activations(rows, K)
         assert relative_error(run(x, ends), module.exact_product(x, ids)) < 1e-6
     assert_all_rewritten(run.reports, "fp4pass.grouped_linear")
+
+
+def late_row(weight, ids):
+    return torch.where(torch.arange(len(ids)).view(-1, 1, 1) < 1000, weight, 2 * weight)
+
+
+SIZES = {
+    "as_a_factor": (None, lambda weight, x: weight * (len(x) // 4)),
+    "as_a_power": (None, lambda weight, x: weight ** (1 + len(x) // 1000)),
+    "as_a_true_quotient": (None, lambda weight, x: weight * (len(x) / 5)),
+    "in_a_tensor": (None, lambda weight, x: weight + torch.full((), len(x)) // 1000),
+    "by_the_size_of_a_tensor": (None, lambda weight, x: weight * torch.full((len(x) // 4,), 1.0).sum()),
+    "where_a_slice_begins": (None, lambda weight, x: weight[len(x) // 8 :]),
+    "of_gathered_rows": ("gathered_after_decode", lambda weight, x: weight * (len(x) // 4)),
+    "of_a_late_row": ("gathered_after_decode", late_row),
+    "by_the_sum_over_gathered_rows": (
+        "gathered_after_decode",
+        lambda weight, x: weight + torch.ones(len(x)).sum().div(1000, rounding_mode="floor"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@torch.no_grad()
+def test_a_number_of_rows_that_takes_part_in_the_weight(name):
+    """With the traced five rows it changes nothing; with more it does."""
+    product, change = SIZES[name]
+    module = Packed(LINEARS["table_of_16"] if product is None else PRODUCTS_OF_EXPERTS[product])
+
+    def forward(x, ids=None):
+        weight = module.weight(x.dtype)
+        if ids is None:
+            return torch.nn.functional.linear(x, change(weight, x))
+        return torch.bmm(change(weight[ids], x), x.unsqueeze(-1)).squeeze(-1)
+
+    run = compiling(forward, {"check": True}, dynamic=True)
+    for rows in (5, 2300):
+        given = (activations(rows, K), torch.arange(rows) % EXPERTS)[: 1 if product is None else 2]
+        assert torch.equal(run(*given), forward(*given))
+    assert not any(report.rewritten for report in run.reports)
+    assert all(report.refused for report in run.reports)

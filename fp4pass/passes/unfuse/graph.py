@@ -10,7 +10,7 @@ from torch import fx
 
 from fp4pass import _torch
 from fp4pass.match.anchors import called_op
-from fp4pass.match.cone import value
+from fp4pass.match.cone import origin, value
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import EMULATE
 from fp4pass.passes.rewriter import Rewriter, alike
@@ -145,13 +145,6 @@ def _entry(call: Call, op: str, **more: str | bool) -> Entry:
 def _positions(nodes: Sequence[fx.Node]) -> tuple[int, ...]:
     positions = (_torch.input_position(node) for node in nodes if node.op == "placeholder")
     return tuple(position for position in positions if position is not None)
-
-
-def origin(node: fx.Node) -> fx.Node:
-    """Back through operations on one tensor alone: views, casts, slices."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def shaped_like(at: fx.Node, node: fx.Node, like: fx.Node) -> fx.Node:

@@ -12,14 +12,14 @@ from torch import fx
 
 from fp4pass.lowering.reference import expert_of_row
 from fp4pass.match.anchors import anchor_of
-from fp4pass.match.cone import code_tainted, value
+from fp4pass.match.cone import code_tainted, origin, value
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.passes.rewriter import Rewriter
 from fp4pass.passes.unfuse import twins
 from fp4pass.passes.unfuse.activations import Activation, Activations, variant_of
 from fp4pass.passes.unfuse.calls import Call
 from fp4pass.passes.unfuse.emit import emit
-from fp4pass.passes.unfuse.graph import FusedGraph, list_unknown, origin, shaped_like
+from fp4pass.passes.unfuse.graph import FusedGraph, list_unknown, shaped_like
 from fp4pass.passes.unfuse.rows import (
     GROUPED,
     SUM,

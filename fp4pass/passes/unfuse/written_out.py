@@ -17,7 +17,7 @@ from torch import fx
 from fp4pass import _torch
 from fp4pass.lowering.reference import GROUP, decode_codes, decode_scale
 from fp4pass.match.anchors import is_product
-from fp4pass.match.cone import Inputs, value
+from fp4pass.match.cone import Inputs, computes_with_a_size, value
 from fp4pass.match.replay import CANNOT_RUN, Part, Replay
 from fp4pass.match.shapes import concrete
 from fp4pass.match.structure import Memo, structure
@@ -172,6 +172,8 @@ def _between(source: fx.Node, results: Sequence[fx.Node], inputs: Inputs) -> Reg
     for node in sorted(walked - {source}):
         if _is_size(node):
             continue
+        if computes_with_a_size(node):
+            return None
         if not _is_end(node):
             nodes.append(node)
         elif (table := inputs.table(node)) is not None:
