@@ -51,12 +51,13 @@ class CompressedConfig:
     def from_dict(cls, facts: Mapping[str, Any]) -> CompressedConfig:
         """Read config.json's ``quantization_config``.
 
-        Raises CheckpointError for content of another form, for another format than ``nvfp4-pack-quantized`` and for
-        groups that are not NVFP4 with one scale for 16 weights.
+        Raises CheckpointError for content of another form, for another format than ``nvfp4-pack-quantized``, for
+        groups that are not NVFP4 with one scale for 16 weights, and for transforms or sparsity beside it.
         """
         groups = facts.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             refuse_form("config_groups", groups, "an object with a group for each precision")
+        _check_additions(facts)
         ignored = facts.get("ignore") or []
         found = []
         for name, group in groups.items():
@@ -106,6 +107,20 @@ def _check_names(what: str, names: Any) -> None:
             re.compile(name.removeprefix(_REGEX) if name.startswith(_REGEX) else "")
         except re.error as error:
             refuse_form(what, f"{name!r}: {error}", "patterns that Python's re understands")
+
+
+def _check_additions(facts: Mapping[str, Any]) -> None:
+    """Refuse what changes the product beside the quantization: rotations of the activations, weights left out."""
+    transforms, sparsity = facts.get("transform_config"), facts.get("sparsity_config")
+    if not transforms and (not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense")):
+        return
+    name = "transform_config" if transforms else "sparsity_config"
+    raise CheckpointError(
+        f"{name} of compressed-tensors is not computed by fp4pass",
+        seen=str(transforms or sparsity)[:200],
+        expected="NVFP4 weights alone: transform_config and sparsity_config empty, or sparsity in format 'dense'",
+        do="load it with transformers and the package compressed-tensors, or use an NVFP4 release",
+    )
 
 
 def _check_format(group: str, found: Any) -> None:

@@ -123,11 +123,20 @@ def test_targets_and_exceptions(targets, ignore, quantized, dense):
         (group(["Linear"], type="int"), "does not compute"),
         (group(["Linear"], dynamic=True), "does not compute"),
         ({"ignore": "lm_head"}, "a list of class names"),
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "transform_config of compressed"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config of compressed"),
+        ({"sparsity_config": "2:4"}, "sparsity_config of compressed"),
     ],
 )
 def test_other_recipes_are_refused(changes, words):
     with pytest.raises(CheckpointError, match=words):
         CompressedConfig.from_dict(config(**changes))
+
+
+@pytest.mark.parametrize("sparsity", [None, {}, {"format": "dense", "ignore": []}])
+def test_what_exporters_write_where_there_is_nothing_to_say_is_accepted(sparsity):
+    facts = config(transform_config={}, sparsity_config=sparsity, version="0.20.1", quantization_status="compressed")
+    assert CompressedConfig.from_dict(facts).algo("model.layers.0.in_proj") == "W4A16_NVFP4"
 
 
 @pytest.mark.parametrize("value", [0.5, 0.0, -100.0, torch.nan, torch.inf])
