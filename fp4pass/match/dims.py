@@ -138,6 +138,8 @@ def broadcast(shapes: Sequence[Shape]) -> Shape:
 
 def last_resized(shape: Shape, old_bytes: int, new_bytes: int) -> Shape:
     """The shape after a view as a dtype of another width."""
+    if new_bytes == old_bytes:
+        return shape
     *lead, last = shape
     if new_bytes < old_bytes:
         return (*lead, merge((*last, old_bytes // new_bytes)))

@@ -134,6 +134,7 @@ def test_a_view_as_another_dtype_resizes_the_last_dimension():
     assert dims.last_resized(shape, 4, 1) == ((N,), (32,))
     assert dims.last_resized(shape, 1, 4) == ((N,), (2,))
     assert dims.last_resized(((4,), (N,)), 4, 1) == ((4,), (N, 4))
+    assert dims.last_resized((), 4, 4) == () and dims.last_resized(((N,),), 2, 2) == ((N,),)
     with pytest.raises(NotRescalableError):
         dims.last_resized(((8,), (N,)), 1, 4)
     with pytest.raises(NotRescalableError):

@@ -8,9 +8,13 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
+from torch.nn import functional
+
+import fp4pass
+from fp4pass.match.reasons import Reason
 
 from . import producers
-from .running import activations, compiling, listing, relative_error
+from .running import activations, called, compiling, listing, relative_error
 
 SHAPE, K = (96, 80), 80
 """Neither whole tiles of 128 rows nor of 4 blocks."""
@@ -137,6 +141,62 @@ def test_torchao_tensors(tiles, per_tensor):
     assert_rewritten(model, (x,), exact, "fp4pass.linear", f"{order} scales, {factor}")
 
 
+@torch.no_grad()
+def assert_unquantized(module, x, exact, source):
+    """Activations that a graph quantizes are plain again, or rounded to FP4 where that is asked for."""
+    for option, least, most in (("bf16", 0.0, 0.005), ("emulate", 0.05, 0.15)):
+        run = compiling(module, {"check": True, "target_sm": 90, "activations": option})
+        assert least < relative_error(run(x), exact) < most
+        (entry,) = run.report.rewritten
+        assert (entry.op, entry.source) == ("fp4pass.linear", source) and not run.report.refused
+        assert not [name for name in called(run.graphs[0]) if "scaled_mm" in name]
+
+
+@pytest.mark.parametrize("shape", [(96, 80), (128, 256)])
+@pytest.mark.parametrize("per_call", [False, True])
+@pytest.mark.parametrize("tiles", [False, True])
+def test_torchao_with_activations_in_fp4(tiles, per_call, shape):
+    """torchao's own config asks for SM100 before it builds these; ``per_call``: their factor is found at every call."""
+    nvfp4_tensor = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    model, x = Model(*shape, bias=True), activations(5, shape[1], dtype=torch.bfloat16)
+    unit_of = nvfp4_tensor.per_tensor_amax_to_scale
+    weight = model.layer.weight.detach()
+    packed = nvfp4_tensor.NVFP4Tensor.to_nvfp4(
+        weight,
+        per_tensor_scale=unit_of(weight.abs().max()),
+        act_per_tensor_scale=None if per_call else unit_of(x.abs().max()),
+        is_swizzled_scales=tiles,
+        act_quant_kwargs=nvfp4_tensor.QuantizeTensorToNVFP4Kwargs(
+            is_swizzled_scales=tiles, use_dynamic_per_tensor_scale=per_call
+        ),
+    )
+    model.layer.weight = nn.Parameter(packed, requires_grad=False)
+    exact = x.double() @ packed.dequantize(torch.float64).T + model.layer.bias.double()
+    assert_unquantized(model, x, exact, "aten::_scaled_mm")
+
+
+def test_compressed_tensors_with_activations_in_fp4():
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    args = QuantizationArgs(
+        num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True, dynamic="local"
+    )
+
+    class Real(producers.CompressedTensors):
+        def forward(self, x):
+            unit = self.input_global_scale
+            scale, zero = compute_dynamic_scales_and_zp(value=x, args=args, module=self, global_scale=unit)
+            x = forward.fake_quantize(x, scale, zero, args, global_scale=unit)
+            return functional.linear(x, self.weight(x.dtype))
+
+    layer, x = Real(*SHAPE), activations(5, K, dtype=torch.bfloat16)
+    layer.register_buffer("input_global_scale", torch.tensor([300.0]))
+    source = f"plain codes, {LAYERS['compressed-tensors'][1]}"
+    assert_unquantized(layer, x, x.double() @ layer.exact.T, source)
+
+
 def test_compressed_tensors_functions():
     helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
     from compressed_tensors.quantization import QuantizationArgs
@@ -156,13 +216,47 @@ def test_compressed_tensors_functions():
     assert_rewritten(layer, (x,), x.double() @ layer.exact.T, "fp4pass.linear", source)
 
 
-def test_modelopt_compressed():
+def modelopt_layer():
+    """A layer quantized by ModelOpt, its input, and the library."""
     quantization = pytest.importorskip("modelopt.torch.quantization")
     model, x = Model(96, 80), activations(5, 80, dtype=torch.bfloat16)
-    quantization.quantize(model, copy.deepcopy(quantization.NVFP4_DEFAULT_CFG))
-    model.layer.input_quantizer.disable()
-    quantization.compress(model)
+    quantization.quantize(model, copy.deepcopy(quantization.NVFP4_DEFAULT_CFG), lambda m: m(x))
+    return model, x, quantization
+
+
+def exact_of_compressed(model, x):
     quantizer = model.layer.weight_quantizer
     packed = model.layer.weight.data.view(torch.uint8), quantizer._scale, quantizer._double_scale
-    exact = x.double() @ producers.nvfp4.dequantize(*packed, torch.float64).T
+    return x.double() @ producers.nvfp4.dequantize(*packed, torch.float64).T
+
+
+def test_modelopt_with_a_dense_weight():
+    """Its op runs on GPUs alone. The activation's is taken out; the weight's stays and is listed with what to do."""
+    model, x, _ = modelopt_layer()
+    run = compiling(model, {"check": True, "target_sm": 90})
+    with pytest.raises(Exception, match="CUDA"):
+        run(x)
+    (entry,) = run.report.refused
+    assert entry.reason == Reason.DENSE.sentence and "compress" in entry.remedy
+    assert sum("dynamic_block_quantize" in name for name in called(run.graphs[0])) == 1
+
+
+@torch.no_grad()
+def test_modelopt_compressed_with_activations_in_fp4(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, x, quantization = modelopt_layer()
+    quantization.compress(model)
+    torch.compiler.reset()
+    # Not as one graph: the layer tries to import tensorrt_llm at every call.
+    result = torch.compile(model, backend="fp4pass", options={"target_sm": 90})(x)
+    assert relative_error(result, exact_of_compressed(model, x)) < 4e-3
+    (entry,) = fp4pass.last_report().rewritten
+    assert entry.op == "fp4pass.linear" and not fp4pass.last_report().refused
+
+
+def test_modelopt_compressed():
+    model, x, quantization = modelopt_layer()
+    model.layer.input_quantizer.disable()
+    quantization.compress(model)
+    exact = exact_of_compressed(model, x)
     assert assert_rewritten(model, (x,), exact, "fp4pass.linear", LAYERS["modelopt"][1])[1].module == "layer"

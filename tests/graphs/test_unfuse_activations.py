@@ -60,6 +60,10 @@ def multiplied(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return linear(m, (x.float() * m.fp8_inverse).to(E4M3).view(-1, K))
 
 
+def multiplied_from_the_left(m: Layer, x: torch.Tensor) -> torch.Tensor:
+    return linear(m, (m.fp8_inverse * x.float()).to(E4M3))
+
+
 def layer_with_fp8(run) -> Layer:
     layer = Layer(run)
     layer.register_buffer("fp8_scale", torch.tensor(0.02))
@@ -68,7 +72,10 @@ def layer_with_fp8(run) -> Layer:
 
 
 @pytest.mark.parametrize("activation", ["bf16", "emulate"])
-@pytest.mark.parametrize("run_layer", [static_by_trtllm, static_by_vllm, dynamic_by_vllm, divided, multiplied])
+@pytest.mark.parametrize(
+    "run_layer",
+    [static_by_trtllm, static_by_vllm, dynamic_by_vllm, divided, multiplied, multiplied_from_the_left],
+)
 @torch.no_grad()
 def test_an_activation_in_fp8_is_undone(run_layer, activation):
     layer, x = layer_with_fp8(run_layer), rows()
@@ -183,6 +190,21 @@ def e2m1(x: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(x.abs(), bounds).to(torch.uint8) | (x < 0).to(torch.uint8) << 3
 
 
+def e2m1_by_bits(x: torch.Tensor) -> torch.Tensor:
+    """As torchao does it: float32 as integers, rounded by a carry, small values by adding a large one."""
+    large = torch.tensor(149 << 23, dtype=torch.int32).view(torch.float32)
+    bits = x.contiguous().view(torch.int32)
+    sign = bits & -(1 << 31)
+    bits = bits ^ sign
+    size = bits.view(torch.float32)
+    normal = (bits + (((1 - 127) << 23) + (1 << 21) - 1) + ((bits >> 22) & 1)) >> 22
+    small = (size + large).view(torch.int32) - (149 << 23)
+    codes = torch.full_like(bits, 7, dtype=torch.uint8)
+    codes = torch.where(size < 1, small.to(torch.uint8), codes)
+    codes = torch.where((size >= 1) & (size < 6), normal.to(torch.uint8), codes)
+    return codes | ((sign >> 28).to(torch.uint8) & 8)
+
+
 def tiles(scale: torch.Tensor) -> torch.Tensor:
     count, groups = scale.shape
     scale = functional.pad(scale.view(torch.uint8), (0, -groups % 4, 0, -count % 128)).view(E4M3)
@@ -190,11 +212,11 @@ def tiles(scale: torch.Tensor) -> torch.Tensor:
     return scale.view(count // 128, 4, 32, groups // 4, 4).permute(0, 3, 2, 1, 4).reshape(-1)
 
 
-def written_out(x: torch.Tensor, unit: torch.Tensor, limit: float = 6.0) -> tuple[torch.Tensor, torch.Tensor]:
+def written_out(m: Layer, x: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide by the unit, then by each block's scale; codes and block scales in tiles."""
     blocks = x.float().unflatten(-1, (-1, 16))
-    scale = (blocks.abs().amax(-1) / limit / unit).clamp(2**-9, 448.0).to(E4M3)
-    codes = e2m1((blocks / (scale.float() * unit).unsqueeze(-1)).clamp(-6, 6)).flatten(-2)
+    scale = (blocks.abs().amax(-1) / m.limit / unit).clamp(2**-9, 448.0).to(E4M3)
+    codes = m.rounded((blocks / (scale.float() * unit).unsqueeze(-1)).clamp(-6, 6)).flatten(-2)
     return codes[:, ::2] | codes[:, 1::2] << 4, tiles(scale)
 
 
@@ -208,7 +230,7 @@ def static_unit(m: Layer, x: torch.Tensor) -> torch.Tensor:
 
 def scaled_mm(m: Layer, x: torch.Tensor) -> torch.Tensor:
     unit = m.unit(m, x)
-    codes, scale = written_out(x, unit, m.limit)
+    codes, scale = written_out(m, x, unit)
     out = torch._scaled_mm(
         codes.view(E2M1), m.codes.t().view(E2M1), scale, m.scale.view(E4M3), out_dtype=torch.bfloat16
     )
@@ -217,7 +239,7 @@ def scaled_mm(m: Layer, x: torch.Tensor) -> torch.Tensor:
 
 def scaled_mm_v2(m: Layer, x: torch.Tensor) -> torch.Tensor:
     unit = m.unit(m, x)
-    codes, scale = written_out(x, unit, m.limit)
+    codes, scale = written_out(m, x, unit)
     scales = [scale, unit], [m.scale.view(E4M3), m.alpha * m.factor]
     kinds = [2, 0], [1, 0]
     return ops.aten._scaled_mm_v2(
@@ -225,17 +247,17 @@ def scaled_mm_v2(m: Layer, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def torch_layer(run, unit, limit=6.0) -> Layer:
+def torch_layer(run, unit, limit=6.0, rounded=e2m1) -> Layer:
     layer = Layer(run, n=256, k=128)
-    layer.unit, layer.limit = unit, limit
+    layer.unit, layer.limit, layer.rounded = unit, limit, rounded
     return layer
 
 
 @pytest.mark.parametrize("unit", [dynamic_unit, static_unit])
-@pytest.mark.parametrize("run_layer", [scaled_mm, scaled_mm_v2])
+@pytest.mark.parametrize("run_layer, rounded", [(scaled_mm, e2m1), (scaled_mm_v2, e2m1), (scaled_mm, e2m1_by_bits)])
 @torch.no_grad()
-def test_a_scaled_product_of_torch_is_traced_through_a_quantizer_written_out(run_layer, unit):
-    layer = torch_layer(run_layer, unit)
+def test_a_scaled_product_of_torch_is_traced_through_a_quantizer_written_out(run_layer, rounded, unit):
+    layer = torch_layer(run_layer, unit, rounded=rounded)
     x = activations(5, 128, dtype=torch.bfloat16)
     exact = x.double() @ layer.exact_weight().T
     run = compiling(layer, {"check": True})

@@ -175,10 +175,12 @@ def _undone_cast(node: fx.Node, at: fx.Node, emulate: bool) -> fx.Node | Refusal
         before = before.args[0]
     if not isinstance(before, fx.Node) or before.target not in (aten.mul.Tensor, aten.div.Tensor):
         return Refusal(Reason.FP8_ACTIVATION, f"{node.name}, {_maker(node)}")
-    scale = before.args[1]
-    if not isinstance(scale, fx.Node) or not _is_static(scale):
+    multiplied = before.target is aten.mul.Tensor
+    tries = (before.args, before.args[::-1]) if multiplied else (before.args,)
+    x, scale = next((pair for pair in tries if isinstance(pair[1], fx.Node) and _is_static(pair[1])), (None, None))
+    if scale is None:
         return Refusal(Reason.FP8_ACTIVATION, f"{node.name}, its scale is no static one")
-    multiplied, dtype = before.target is aten.mul.Tensor, value(before.args[0]).dtype
+    dtype = value(x).dtype
     shape = [size if isinstance(size, int) else -1 for size in value(node).shape]
 
     def undo(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
