@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--like", default="nano", choices=RELEASES, help="the release to imitate (%(default)s)")
     make.add_argument("--format", default="modelopt", choices=FORMATS, help="of the files (%(default)s)")
     make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that write, 1 GB each (%(default)s)")
     make.add_argument(
         "--quantization-in-config",
         action=argparse.BooleanOptionalAction,
@@ -105,6 +106,7 @@ def _synthesize(given: argparse.Namespace) -> int:
         seed=given.seed,
         format=given.format,
         quantization_in_config=given.quantization_in_config,
+        jobs=given.jobs,
         **dimensions,
     )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -114,10 +116,12 @@ def _synthesize(given: argparse.Namespace) -> int:
 
 def _generate(given: argparse.Namespace) -> int:
     from transformers import AutoTokenizer, CompileConfig
+    from transformers.utils import is_accelerate_available
 
     _check_present(given.device)
     path = _located(given.checkpoint)
-    model = from_pretrained(path, dtype=DTYPES.get(given.dtype, "auto")).to(given.device)
+    straight = {"device_map": given.device} if is_accelerate_available() else {}  # else by way of host memory
+    model = from_pretrained(path, dtype=DTYPES.get(given.dtype, "auto"), **straight).to(given.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
     inputs = tokenizer(given.prompt, return_tensors="pt").to(given.device)
     compiled = {}

@@ -130,6 +130,15 @@ def test_a_device_map_without_a_gpu_loads_on_the_cpu(device_map, nano_dir, nano_
     assert torch.equal(model(IDS).logits, nano_model()(IDS).logits)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto means the GPU there")
+def test_what_auto_would_offload_is_refused_before_anything_is_read(nano_dir, monkeypatch):
+    pytest.importorskip("accelerate", reason="transformers asks for it where there is a device_map")
+    monkeypatch.setattr(ModelOptQuantizer, "_read_stack", None)
+    with pytest.raises(DeviceError, match="not offloaded") as caught:
+        from_pretrained(nano_dir, device_map="auto", max_memory={"cpu": 60_000})
+    assert "disk" in caught.value.seen and "max_memory" in caught.value.do
+
+
 def test_a_quantization_config_as_an_argument_serves_files_without_one(tmp_path, tiny_sizes, nano_dir, nano_model):
     """As plain transformers can be told what hf_quant_config.json says."""
     config = transformers.AutoConfig.from_pretrained(nano_dir)
