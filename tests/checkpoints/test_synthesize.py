@@ -106,6 +106,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, ti
     assert other["config.json"] == first["config.json"]
 
 
+def test_several_processes_write_the_same_bytes(tmp_path, tiny_sizes):
+    alone, together = (synthesize(tmp_path / str(jobs), shard_bytes=60_000, jobs=jobs, **tiny_sizes) for jobs in (1, 2))
+    names = {file.name for file in alone.iterdir()}
+    assert names == {file.name for file in together.iterdir()} and len(names) > 8
+    assert [name for name in names if (alone / name).read_bytes() != (together / name).read_bytes()] == []
+
+
 def test_shards_stay_below_the_bound(tmp_path, tiny_sizes):
     directory = synthesize(tmp_path / "sharded", shard_bytes=60_000, **tiny_sizes)
     files = list(directory.glob("*.safetensors"))
