@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from transformers.core_model_loading import MergeModulelist, SplitModulelist, WeightConverter
+from transformers.core_model_loading import MergeModulelist, SkipParameters, SplitModulelist, WeightConverter
 
 from fp4pass.errors import CheckpointError
 
@@ -154,6 +154,14 @@ class _Stacking(WeightConverter):
         if self._number and self._place in source_key and not source_key.endswith(f"{self._place}0{self._tail}"):
             return READ_WITH_FIRST, None
         return super().rename_source_key(source_key)
+
+    def convert(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """As its base, but the first error ends the load: the loader would note it, go on and name no cause."""
+        try:
+            return super().convert(*args, **kwargs)
+        except SkipParameters as noted:
+            failure = noted.__context__
+        raise failure
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Stacking:
         fresh = copy.copy(self)

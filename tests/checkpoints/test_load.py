@@ -292,6 +292,20 @@ def test_a_name_that_is_taken_is_left_alone(nano_dir, monkeypatch, caplog):
         from_pretrained(nano_dir)
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError("the disk is gone")])
+def test_what_goes_wrong_while_experts_are_read_ends_the_load_at_once(error, nano_dir, monkeypatch):
+    calls = []
+
+    def fail(headers, device):
+        calls.append(headers)
+        raise error
+
+    monkeypatch.setattr(quantizer, "read_stack", fail)
+    with pytest.raises(type(error)) as caught:
+        from_pretrained(nano_dir)
+    assert caught.value is error and len(calls) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("device_map", ["cuda", "cuda:1", {"": 0}])
 def test_a_gpu_that_is_not_there(nano_dir, device_map):
