@@ -158,6 +158,35 @@ def test_the_gpus_layout_is_taken_back_when_saving(straight, load, wide_dir, tmp
     assert [name for name in before if not same_bytes(before[name], after[name])] == []
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cuda", {"": 0}], ids=str)
+def test_loading_straight_to_the_gpu_holds_little_beside_the_weights(device_map, wide_dir, capsys):
+    """Reordering codes and scales takes 256 MB at most, and that is the most that is ever there beside them."""
+    pytest.importorskip("accelerate", reason="device_map needs it")
+    model, peak = measured(lambda: fp4pass.from_pretrained(wide_dir, dtype=torch.bfloat16, device_map=device_map))
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    with capsys.disabled():
+        print(f"\n{device_map}: {held / 1e9:.2f} GB of weights, {peak / 1e9:.2f} GB at most")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    assert peak < held + 300e6
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_layers_spread_over_two_gpus_compute_and_save_the_same(nano_dir, nano_model, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs it")
+    places = {"model.embeddings": 0, "model.layers.0": 0, "model.layers.1": 0}
+    places |= {"model.layers.2": 1, "model.layers.3": 1, "model.norm_f": 1, "lm_head": 1}
+    model, ids = nano_model(device_map=places), prompt(20) % 320
+    for name, module in packed_modules(model).items():
+        index = next(index for place, index in places.items() if name.startswith(place))
+        assert (module.device.index, module.layout) == (index, FRAGMENTS)
+    expected = nano_model().to("cuda")(ids).logits
+    assert torch.equal(model(ids).logits.to(expected.device), expected)
+    model.save_pretrained(tmp_path)
+    before, after = read_tensors(nano_dir), read_tensors(tmp_path)
+    assert before.keys() == after.keys() and all(same_bytes(before[name], after[name]) for name in before)
+
+
 class Mixer(nn.Module):
     """The products of a MoE layer, its routing from outside."""
 
