@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fp4pass import _torch
-from fp4pass.match.cone import computes_with_a_size, value
+from fp4pass.match.cone import sizes_computed_with, value
 from fp4pass.match.products import Product
 from fp4pass.match.shapes import concrete
 from fp4pass.match.structure import Memo, structure
@@ -115,6 +115,7 @@ def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | 
     leaves: dict[str, fx.Node] = {}
     seen: set[fx.Node] = set()
     total = _sum_below(end)
+    choices = str(value(total.args[0]).shape[1])  # a row's number over it is its token
     stack = [(end, False)]
     while stack:
         node, done = stack.pop()
@@ -129,7 +130,7 @@ def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | 
             if leaves.setdefault(kind, node) is not node:
                 return None
             continue
-        if node.op != "call_function" or len(seen) > LARGEST_REGION or computes_with_a_size(node):
+        if node.op != "call_function" or len(seen) > LARGEST_REGION or sizes_computed_with(node) - {choices}:
             return None
         stack.append((node, True))
         product = next((p for p in (up, down) if p.node is node), None)

@@ -153,11 +153,11 @@ def varying_sizes(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
                 yield each, not is_list
 
 
-def computes_with_a_size(node: fx.Node) -> bool:
-    """Whether a size that may be another in the next call is one of the numbers that ``node`` computes with."""
+def sizes_computed_with(node: fx.Node) -> set[str]:
+    """The sizes that may be others in the next call among the numbers that ``node`` computes with, written down."""
     makes_numbers = node.target in (aten.full.default, aten.scalar_tensor.default)
     makes_numbers |= torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return makes_numbers and any(computed for _, computed in varying_sizes(node))
+    return {str(size.meta["val"]) for size, computed in varying_sizes(node) if computed and makes_numbers}
 
 
 def extract(root: fx.Node, tainted: set[fx.Node]) -> Cone:

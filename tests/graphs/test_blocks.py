@@ -268,7 +268,13 @@ def test_a_block_of_any_number_of_tokens(form):
     assert [entry.op for entry in run.report.rewritten] == ["fp4pass.experts"]
 
 
-@pytest.mark.parametrize("late", [{"rows": later_by_number}, {"shares": later_in_an_order}])
+def by_the_number_of_tokens(weights):
+    return weights * (len(weights) // 3)
+
+
+@pytest.mark.parametrize(
+    "late", [{"rows": later_by_number}, {"shares": later_in_an_order}, {"shares": by_the_number_of_tokens}]
+)
 @torch.no_grad()
 def test_tokens_later_than_those_traced(late):
     module = Routed(written(**late))

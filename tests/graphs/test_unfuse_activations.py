@@ -215,7 +215,7 @@ def tiles(scale: torch.Tensor) -> torch.Tensor:
 def written_out(m: Layer, x: torch.Tensor, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide by the unit, then by each block's scale; codes and block scales in tiles."""
     blocks = x.float().unflatten(-1, (-1, 16))
-    scale = (blocks.abs().amax(-1) / m.limit / unit).clamp(2**-9, 448.0).to(E4M3)
+    scale = (blocks.abs().amax(-1) / m.limit / unit).clamp(2**-9, m.largest).to(E4M3)
     codes = m.rounded((blocks / (scale.float() * unit).unsqueeze(-1)).clamp(-6, 6)).flatten(-2)
     return codes[:, ::2] | codes[:, 1::2] << 4, tiles(scale)
 
@@ -249,7 +249,7 @@ def scaled_mm_v2(m: Layer, x: torch.Tensor) -> torch.Tensor:
 
 def torch_layer(run, unit, limit=6.0, rounded=e2m1) -> Layer:
     layer = Layer(run, n=256, k=128)
-    layer.unit, layer.limit, layer.rounded = unit, limit, rounded
+    layer.unit, layer.limit, layer.rounded, layer.largest = unit, limit, rounded, 448.0
     return layer
 
 
@@ -268,10 +268,13 @@ def test_a_scaled_product_of_torch_is_traced_through_a_quantizer_written_out(run
     assert 0.03 < relative_error(emulating(x), exact) < 0.15
 
 
+@pytest.mark.parametrize("limit, largest", [(5.0, 448.0), (6.0, 100.0)])
 @torch.no_grad()
-def test_a_scaled_product_is_not_traced_through_what_is_no_quantizer():
-    """Block scales of another limit leave no value as it is."""
-    run = compiling(torch_layer(scaled_mm, static_unit, limit=5.0), {"target_sm": 90})
+def test_a_scaled_product_is_not_traced_through_what_is_no_quantizer(limit, largest):
+    """Block scales of another limit leave no value as it is; those with a bound of their own only small ones."""
+    layer = torch_layer(scaled_mm, static_unit, limit=limit)
+    layer.largest = largest
+    run = compiling(layer, {"target_sm": 90})
     with pytest.raises((ValueError, RuntimeError), match="scaling"):  # torch's own op then runs, and needs another GPU
         run(activations(5, 128, dtype=torch.bfloat16))
     (entry,) = run.report.refused
@@ -321,6 +324,10 @@ def with_a_clamp(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(round_trip(m, x.clamp(-1, 1)) * 1.0, decoded(m).to(x.dtype))
 
 
+def with_a_clamp_after_it(m: Layer, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(round_trip(m, x).clamp(-500, 500), decoded(m).to(x.dtype))
+
+
 def with_fp8(m: Layer, x: torch.Tensor) -> torch.Tensor:
     return functional.linear((x * 8).to(E4M3).to(x.dtype) / 8, decoded(m).to(x.dtype))
 
@@ -351,6 +358,15 @@ def test_what_is_done_to_an_activation_before_its_round_trip_stays():
     layer, x = layer_with_decode(with_a_clamp), 2 * rows()
     run = compiling(layer)
     assert relative_error(run(x), x.double().clamp(-1, 1) @ decoded(layer).double().T) < ROUNDED
+
+
+@torch.no_grad()
+def test_what_is_done_to_an_activation_after_its_round_trip_stays():
+    layer, x = layer_with_decode(with_a_clamp_after_it), 400 * rows()
+    layer.factor /= 400
+    assert float(x.abs().max()) > 600
+    run = compiling(layer)
+    assert relative_error(run(x), layer(x).double()) < ROUNDED
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ them. Nothing else does both, and then the node is what was quantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import fx
 from fp4pass import _torch
 from fp4pass.lowering.reference import GROUP, decode_codes, decode_scale
 from fp4pass.match.anchors import is_product
-from fp4pass.match.cone import Inputs, computes_with_a_size, value
+from fp4pass.match.cone import Inputs, sizes_computed_with, value
 from fp4pass.match.replay import CANNOT_RUN, Part, Replay
 from fp4pass.match.shapes import concrete
 from fp4pass.match.structure import Memo, structure
@@ -27,6 +27,7 @@ from fp4pass.passes.unfuse.twins import row_major
 
 MOST_NODES, MOST_ELEMENTS = 400, 1 << 22
 _NEAR = 2.0**-4  # an eighth of the smallest step between E2M1 values, and exact in bfloat16 beside any of them
+_FAR = 10  # a power of two at which float16 still holds all of the values
 _VERDICTS = Memo()
 
 
@@ -172,7 +173,7 @@ def _between(source: fx.Node, results: Sequence[fx.Node], inputs: Inputs) -> Reg
     for node in sorted(walked - {source}):
         if _is_size(node):
             continue
-        if computes_with_a_size(node):
+        if sizes_computed_with(node):
             return None
         if not _is_end(node):
             nodes.append(node)
@@ -214,26 +215,39 @@ def _near(values: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.where(blocks.abs() == 6.0 * power, blocks, moved).reshape(values.shape)
 
 
-def _trials(region: Region, columns: int) -> Iterator[tuple[torch.Tensor, list[dict[fx.Node, torch.Tensor]]]]:
-    """Exact values, and two sets of leaves that must both give them."""
-    count = _count(region.source)
-    for seed, power in enumerate((0, 2, -1)):
-        exact = _exact_values(count, columns, seed)
-        # A factor of its own for each seed, also where it is found from the values.
-        exact = exact * 2.0 ** (seed - 1)
-        yield exact, [region.leaves(exact, power), region.leaves(_near(exact, seed), power)]
+Trial = tuple[torch.Tensor, list[dict[fx.Node, torch.Tensor]]]
+
+
+def _trial(region: Region, columns: int, seed: int, reach: int, power: int) -> Trial:
+    """Exact values, times ``2 ** reach``, and two sets of leaves that must both give them."""
+    exact = _exact_values(_count(region.source), columns, seed) * 2.0**reach
+    return exact, [region.leaves(exact, power), region.leaves(_near(exact, seed), power)]
+
+
+def _trials(region: Region, columns: int) -> Iterator[Trial]:
+    """Values with a factor of their own each, also where it is found from them; then some whose block scales come near
+    to both ends that quantizers bound them by, 2^-6 and 448."""
+    for seed, (reach, power) in enumerate(((-1, 0), (0, 2), (1, -1), (5, 0), (-3, 0))):
+        yield _trial(region, columns, seed, reach, power)
+
+
+def _far_trials(region: Region, columns: int) -> Iterator[list[Trial]]:
+    """Large values and small ones, that would show a bound on what is given back, with the static scales to match:
+    these multiply or divide, so either pair will do."""
+    for way in (1, -1):
+        yield [_trial(region, columns, 7, reach, -way * reach) for reach in (_FAR, -_FAR)]
 
 
 Run = Callable[[Mapping[fx.Node, torch.Tensor]], torch.Tensor]
 
 
 def _is_round_trip(region: Region, run: Run, columns: int) -> bool:
+    def gives_back(trials: Iterable[Trial]) -> bool:
+        pairs = ((exact, leaves) for exact, both in trials for leaves in both)
+        return all(_close(run(leaves).double().reshape(exact.shape), exact) for exact, leaves in pairs)
+
     try:
-        return all(
-            _close(run(leaves).double().reshape(exact.shape), exact)
-            for exact, both in _trials(region, columns)
-            for leaves in both
-        )
+        return gives_back(_trials(region, columns)) and any(map(gives_back, _far_trials(region, columns)))
     except CANNOT_RUN:
         return False
 
