@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from fp4pass import doctor
+from fp4pass.checkpoint import releases
+from fp4pass.checkpoint.config import config_json_form
+from fp4pass.checkpoint.tensors import quantization
 from fp4pass.cli import ERROR, FOUND_FAULTS, OK, main
 from fp4pass.report import Report
 
@@ -31,6 +34,21 @@ def test_explain_prints_json_for_a_gpu_that_is_not_here(nano_dir, capsys):
     assert main(["explain", str(nano_dir), "--target-sm", "80", "--json"]) == OK
     report = Report.from_json(capsys.readouterr().out)
     assert (report.target, len(report.rewritten), report.refused) == ("sm_80", 8, ())
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize(("like", "products"), [("nano", 103), ("ultra", 240)])
+def test_explain_reads_a_release_at_full_size_from_its_config_files(like, products, tmp_path, capsys):
+    """Minutes of tracing on two cores: one to two seconds a layer, nearly all of it PyTorch's own."""
+    made = releases.RELEASES[like]
+    facts = quantization(like, made, made.sizes)
+    config = releases.config(made, made.sizes)
+    if made.quantization_in_config:
+        config["quantization_config"] = config_json_form(facts)
+    for name, content in {"config.json": config, "hf_quant_config.json": facts}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert main(["explain", str(tmp_path), "--target-sm", "90", "--json"]) == OK
+    assert len(Report.from_json(capsys.readouterr().out).rewritten) == products
 
 
 def test_explain_exits_with_one_where_products_are_left(nano_dir, capsys):
