@@ -82,7 +82,7 @@ class Replay:
         called = []
         for node in self._part.nodes:
             at = [self._arguments(node, sizes) for sizes in (runs if self._steps[node].arguments else runs[:1])]
-            called.append((node.target, placed((at, self._calls[node][1]), index)))
+            called.append((node.target, repr(placed((at, self._calls[node][1]), index))))
         return repr(leaves), tuple(called)
 
     def _arguments(self, node: fx.Node, sizes: Sizes | None) -> Any:

@@ -47,9 +47,9 @@ class _Place:
         return f"@{self._number}"
 
 
-def placed(arguments: Any, index: Mapping[fx.Node, int]) -> str:
-    """Arguments written down with every node in ``index`` as its place. (As text 1, 1.0 and True differ.)"""
-    return repr(concrete(fx.node.map_arg(arguments, lambda node: _Place(index[node]) if node in index else node)))
+def placed(arguments: Any, index: Mapping[fx.Node, int]) -> Any:
+    """Arguments with every node in ``index`` as its place, to be written down. (As text 1, 1.0 and True differ.)"""
+    return fx.node.map_arg(arguments, lambda node: _Place(index[node]) if node in index else node)
 
 
 def structure(
@@ -61,6 +61,9 @@ def structure(
     """
     index = {node: i for i, node in enumerate((*leaves, *nodes))}
 
+    def written(arguments: Any) -> str:
+        return repr(concrete(placed(arguments, index)))
+
     def metadata(node: fx.Node) -> Hashable:
         tensor = value(node)
         return tensor is not None and (str(tensor.dtype), repr(concrete([*tensor.shape, *tensor.stride()])))
@@ -69,9 +72,9 @@ def structure(
     for node in nodes:
         if stand_ins and node in stand_ins:
             description, reads = stand_ins[node]
-            operations.append((description, placed(tuple(reads), index), metadata(node)))
+            operations.append((description, written(tuple(reads)), metadata(node)))
             continue
-        operations.append((node.target, placed(node.args, index), node.kwargs and placed(node.kwargs, index)))
+        operations.append((node.target, written(node.args), node.kwargs and written(node.kwargs)))
     return (tuple(map(metadata, leaves)), tuple(operations))
 
 
