@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -43,24 +43,35 @@ class Tile:
 
 @dataclass(frozen=True)
 class FewRows:
-    """A launch of few_rows.py: warps that split K, rows of units each has, steps under way at once, rows of x.
+    """A launch of few_rows.py: warps, rows of units each has, steps under way at once, rows of x.
 
-    ``early``: it begins to read its weight while the kernel before it ends (programmatic dependent launch, SM90).
+    ``across``: how many of the warps lie side by side along the weight's rows; the others split K. ``slots``: steps of
+    x in shared memory, for all warps at once; with 0 each reads its own. ``early``: it begins to read its weight while
+    the kernel before it ends (programmatic dependent launch, SM90).
     """
 
     warps: int
     rows: int
     depth: int
     block_m: int
+    across: int = 1
+    slots: int = 0
     early: bool = False
 
     def __str__(self) -> str:
-        return f"few rows: {self.block_m}x{16 * self.rows}, {self.warps} warps"
+        return f"few rows: {self.block_m}x{16 * self.rows * self.across}, {self.warps} warps"
 
     @property
     def constants(self) -> dict[str, int]:
         """Keywords for its kernels."""
-        return {"ROWS": self.rows, "DEPTH": self.depth, "BLOCK_M": self.block_m, "num_warps": self.warps}
+        return {
+            "ROWS": self.rows,
+            "ACROSS": self.across,
+            "DEPTH": self.depth,
+            "BLOCK_M": self.block_m,
+            "SLOTS": self.slots,
+            "num_warps": self.warps,
+        }
 
 
 @dataclass(frozen=True)
@@ -109,21 +120,28 @@ _SINGLE = ((16, Tile(16, 64, 32, 4, 2)), (_ANY, Tile(32, 64, 32, 4, 2)))
 _BACKWARD_HALF = Tile(64, 32, 64, 4, 2)
 _BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
 
-# The most rows of x that each is for, then warps, rows of units, depth, early: the fastest of those tried on an H200.
-# Low weights need more warps to each row of units; in wide ones with a short K two rows of units share a load of x.
-_FEW_LOW = ((16, 8, 1, 8, True), (32, 4, 1, 8, False))
-_FEW = ((32, 4, 1, 8, False), (64, 4, 1, 8, True))
-_FEW_WIDE = ((16, 4, 1, 8, True), (32, 4, 2, 4, True))
-_FEW_WIDE_SHORT = ((32, 4, 2, 4, True),)
-_FEW_EXPERTS = ((32, 2, 2, 4, False),)
-_LOW, _SHORT = 3072, 4096
-# From so many rows on wgmma is worth its longer way for experts and for weights of so many elements.
-_FEWEST_FOR_WGMMA, _HEAVY = 16, 1 << 26
+# The fastest of those tried on an H200, each for as many rows of x as it has. Low weights need more warps to each row
+# of units; in others warps across share x, through shared memory where its rows are many. The last of each tuple are
+# for GPUs without wgmma.
+_FEW_LOW = (FewRows(8, 1, 8, 8), FewRows(8, 1, 8, 16), FewRows(4, 1, 8, 32))
+_FEW = (FewRows(8, 1, 8, 8), FewRows(8, 1, 8, 16, across=2), FewRows(4, 1, 4, 32, slots=4), FewRows(4, 1, 8, 64))
+_FEW_WIDE = (FewRows(4, 1, 8, 8), FewRows(4, 1, 4, 16, across=2, slots=4), FewRows(4, 2, 4, 32))
+_FEW_WIDE_SHORT = (FewRows(4, 1, 8, 8), FewRows(4, 1, 8, 16, slots=4), FewRows(4, 2, 4, 32))
+_FEW_WIDE_LONG = (FewRows(8, 1, 8, 8, across=2), FewRows(8, 1, 8, 16, across=2, slots=4), FewRows(4, 2, 4, 32))
+_FEW_HUGE = (FewRows(4, 2, 4, 8), FewRows(4, 1, 8, 16, across=4, slots=4), FewRows(4, 2, 4, 32))
+_FEW_EXPERTS = (FewRows(2, 2, 4, 8), FewRows(2, 2, 4, 16), FewRows(2, 2, 4, 32))
+_LOW, _HUGE = 3072, 65536
+_SHORT, _LONG = 4096, 8192
+# With more rows of x than these wgmma, where there is one, is worth its longer way; for weights neither low nor wide
+# that begins later.
+_MOST, _MOST_OF_MIDDLE = 16, 32
+# A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
+_HEAVY = 1 << 26
 # Two programs on a multiprocessor decode for each other's products, where there is work enough for both. The large tile
 # is the fastest where it is full.
 _SMALLEST, _SMALL, _ALONE = ManyRows(32, 8, 2), ManyRows(64, 6, 2), ManyRows(64, 10)
 _MIDDLE, _LARGE = ManyRows(128, 7), ManyRows(256, 5)
-_MANY = ((64, _ALONE), (512, _MIDDLE), (_ANY, _LARGE))
+_MANY = ((32, _SMALLEST), (64, _ALONE), (128, _SMALL), (512, _MIDDLE), (_ANY, _LARGE))
 _MANY_WIDE = ((32, _SMALLEST), (64, _SMALL), (128, _MIDDLE), (256, _LARGE), (384, _MIDDLE), (_ANY, _LARGE))
 _MANY_EXPERTS = ((32, _SMALLEST), (64, _SMALL), (128, _MIDDLE), (_ANY, _LARGE))
 
@@ -179,12 +197,12 @@ class Arch:
         return self.tile(rows, dtype, experts=experts, columns=columns)
 
     def _few_rows(self, rows: int, columns: int, depth: int, experts: bool) -> FewRows | None:
-        if self.wgmma and rows > _FEWEST_FOR_WGMMA and (experts or columns * depth >= _HEAVY):
+        most = _MOST_OF_MIDDLE if _LOW <= columns < _WIDE and not experts else _MOST
+        if self.wgmma and rows > most:
             return None
-        for most, warps, unit_rows, steps, early in _few_rows_of(columns, depth, experts):
-            if rows <= most:
-                block_m = max(8, 1 << (rows - 1).bit_length())
-                return FewRows(warps, unit_rows, steps, block_m, early and self.wgmma)
+        for launch in _few_rows_of(columns, depth, experts):
+            if rows <= launch.block_m:
+                return replace(launch, early=self.wgmma and not experts)
         return None
 
     def backward_tile(self, dtype: torch.dtype) -> Tile:
@@ -203,12 +221,14 @@ class Arch:
         return -(-steps // longest)
 
 
-def _few_rows_of(columns: int, depth: int, experts: bool) -> tuple[tuple[int, int, int, int, bool], ...]:
+def _few_rows_of(columns: int, depth: int, experts: bool) -> tuple[FewRows, ...]:
     if experts:
         return _FEW_EXPERTS
-    if columns >= _WIDE:
-        return _FEW_WIDE_SHORT if depth < _SHORT else _FEW_WIDE
-    return _FEW_LOW if columns < _LOW else _FEW
+    if columns < _WIDE:
+        return _FEW_LOW if columns < _LOW else _FEW
+    if columns >= _HUGE:
+        return _FEW_HUGE
+    return _FEW_WIDE_SHORT if depth < _SHORT else _FEW_WIDE if depth < _LONG else _FEW_WIDE_LONG
 
 
 ARCHS = {
@@ -279,8 +299,7 @@ def configurations(arch: Arch) -> Iterator[tuple[str, torch.dtype, Tile]]:
 
 def launches(arch: Arch) -> Iterator[tuple[bool, FewRows | ManyRows]]:
     """Every launch of few_rows.py and many_rows.py that a call on ``arch`` can pick, once: (of experts, launch)."""
-    shapes = [(columns, depth) for columns in (_LOW - 16, _LOW, _WIDE) for depth in (_SHORT - 64, _SHORT)]
-    shapes.append((_WIDE, _HEAVY // _WIDE))
+    shapes = [(columns, depth) for columns in (_LOW - 16, _LOW, _WIDE, _HUGE) for depth in (_SHORT - 64, _SHORT, _LONG)]
     found = {
         (experts, arch.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth, experts=experts))
         for columns, depth in shapes

@@ -36,20 +36,35 @@ def undo_factor(asm):
 
 
 @triton.constexpr_function
-def scale_assembly(half):
-    """A scale byte ``$1`` -> ``$0``, two copies of scale * 2^119 (bfloat16) or of scale * 2^7 (float16: ``half``).
+def raised(half):
+    """Assembly that turns ``a``, two scales' bits in place, into scale * 2^119 (bfloat16) or scale * 2^7 (float16).
 
     ``fma`` with -0 is a multiplication that SM80 has too (``mul.bf16x2`` came with SM90), and keeps the sign of zero.
     """
-    shift, kind = (7, "f16x2") if half else (4, "bf16x2")
-    factors = (0x78007800,) if half else (0x7B807B80, 0x7B007B00)
-    multiplications = "".join(f"mov.b32 f, {factor:#x}; fma.rn.{kind} a, a, f, z;" for factor in factors)
+    kind, factors = ("f16x2", (0x78007800,)) if half else ("bf16x2", (0x7B807B80, 0x7B007B00))
+    return "".join(f"mov.b32 f, {factor:#x}; fma.rn.{kind} a, a, f, z;" for factor in factors)
+
+
+@triton.constexpr_function
+def scale_assembly(half):
+    """A scale byte ``$1`` -> ``$0``, two copies of scale * 2^119 (bfloat16) or of scale * 2^7 (float16: ``half``)."""
     return (
         "{ .reg .b32 a, b, f, z; mov.b32 z, 0x80008000;"
         "shl.b32 a, $1, 8; and.b32 a, a, 0x8000;"
-        f"and.b32 b, $1, 0x7f; shl.b32 b, b, {shift}; or.b32 a, a, b;"
+        f"and.b32 b, $1, 0x7f; shl.b32 b, b, {7 if half else 4}; or.b32 a, a, b;"
         "prmt.b32 a, a, a, 0x1010;"
-        f"{multiplications} mov.b32 $0, a; }}"
+        f"{raised(half)} mov.b32 $0, a; }}"
+    )
+
+
+@triton.constexpr_function
+def scale_pair_assembly(half):
+    """The same for two scale bytes at once, the lower half of ``$2``: two copies of each, in ``$0`` and ``$1``."""
+    return (
+        "{ .reg .b32 a, b, f, z; mov.b32 z, 0x80008000;"
+        "prmt.b32 a, $2, 0, 0x1404;"
+        f"and.b32 b, a, 0x7f007f00; shr.u32 b, b, {1 if half else 4}; and.b32 a, a, 0x80008000; or.b32 a, a, b;"
+        f"{raised(half)} prmt.b32 $0, a, a, 0x1010; prmt.b32 $1, a, a, 0x3232; }}"
     )
 
 

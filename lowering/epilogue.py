@@ -8,8 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .decode import undo_factor
-from .few_rows import activate
 from .sharing import owner_of, place, rows_of_block
+from .units import activate
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its names in Triton 3.6 and 3.9
 

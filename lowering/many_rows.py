@@ -32,11 +32,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arch import ManyRows
 from .epilogue import GROUP_ROWS, GROUPS, TILE_COLUMNS, collect, finish, leave
-from .few_rows import decode_units, let_next_begin, wait_for_last
 from .gather import in_dot_order
 from .operands import Schedule, Weight
 from .reference import NO_ACTIVATION
 from .sharing import locate, place, rows_of_block, shares
+from .units import UNIT_SCALES, UNIT_WORDS, decode_units, let_next_begin, wait_for_last
 
 # Its names in Triton 3.6 and 3.9.
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -46,16 +46,23 @@ UNITS_OF_TILE = gl.constexpr(8)
 
 
 @gluon.jit
-def where_from(it, share, tiles, plan, N, BM: gl.constexpr, UNITS: gl.constexpr):
-    """(first row of x, first unit of the weight, step of K) of a program's step ``it``."""
-    tile, k = locate(it, share, UNITS)
+def stretch(it, share, UNITS: gl.constexpr):
+    """(tile, first step, end) of the steps of one tile that follow a program's step ``it``."""
+    begin, count, shared, me = share
+    tile, first = locate(it, share, UNITS)
+    return tile, first, gl.where(it < count, gl.minimum(UNITS, first + count - it), UNITS)
+
+
+@gluon.jit
+def where_from(tile, tiles, plan, N, BM: gl.constexpr):
+    """(first row of x, first unit of the weight) of a tile."""
     m, n = place(tile, tiles, plan)
     row = m * BM
     unit = n * UNITS_OF_TILE
     if plan[0] is not None:
         expert, row, end = rows_of_block(m, plan, BM)
         unit += expert * (N // 16)
-    return row, unit, k
+    return row, unit
 
 
 @gluon.jit
@@ -63,28 +70,39 @@ def load_weight(codes_desc, scale_desc, ring, stage, unit, k):
     """Codes and scales of a step. Its stage is full when x has come, too."""
     tokens, codes, scales, full, empty = ring
     mbarrier.expect(full.index(stage), tokens.shape[1] * STEP * 2 + UNITS_OF_TILE * 576)
-    copy_in(codes_desc, [unit, k * 128], full.index(stage), codes.index(stage))
-    copy_in(scale_desc, [unit, k * 64], full.index(stage), scales.index(stage))
+    copy_in(codes_desc, [unit, k * UNIT_WORDS], full.index(stage), codes.index(stage))
+    copy_in(scale_desc, [unit, k * UNIT_SCALES], full.index(stage), scales.index(stage))
 
 
 @gluon.jit
 def load(x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, UNITS: gl.constexpr):
-    """The loader. The first weights are on their way before the kernel that writes x has ended."""
+    """The loader. The first weights are on their way before the kernel that writes x has ended.
+
+    Where a tile lies takes divisions, so that is worked out once for all its steps.
+    """
     tokens, codes, scales, full, empty = ring
     STAGES: gl.constexpr = tokens.shape[0]
     BM: gl.constexpr = tokens.shape[1]
-    for it in gl.static_range(STAGES):
-        if it < total:
-            row, unit, k = where_from(it, share, tiles, plan, N, BM, UNITS)
-            load_weight(codes_desc, scale_desc, ring, it, unit, k)
+    early = 0
+    if total > 0:
+        tile, first, last = stretch(0, share, UNITS)
+        row, unit = where_from(tile, tiles, plan, N, BM)
+        early = gl.minimum(last - first, STAGES)
+        for it in range(early):
+            load_weight(codes_desc, scale_desc, ring, it, unit, first + it)
     wait_for_last()
-    for it in range(total):
-        stage = it % STAGES
-        row, unit, k = where_from(it, share, tiles, plan, N, BM, UNITS)
-        if it >= STAGES:
-            mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
-            load_weight(codes_desc, scale_desc, ring, stage, unit, k)
-        copy_in(x_desc, [row, k * STEP], full.index(stage), tokens.index(stage))
+    it = 0
+    while it < total:
+        tile, first, last = stretch(it, share, UNITS)
+        row, unit = where_from(tile, tiles, plan, N, BM)
+        for k in range(first, last):
+            stage = it % STAGES
+            if it >= early:
+                # Of a stage that nothing was in yet, this is over at once.
+                mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
+                load_weight(codes_desc, scale_desc, ring, stage, unit, k)
+            copy_in(x_desc, [row, k * STEP], full.index(stage), tokens.index(stage))
+            it += 1
 
 
 @gluon.constexpr_function
@@ -104,11 +122,10 @@ def decode(ring, stage, GROUP: gl.constexpr):
     """The group's 64 rows of a stage, ``[64, 64]`` in dot order, where ``wgmma`` takes them."""
     tokens, codes, scales, full, empty = ring
     WORDS: gl.constexpr = unit_layout(4)
-    SCALES: gl.constexpr = unit_layout(2)
-    words = codes.index(stage).slice(GROUP * 4, 4).load(WORDS).reshape([4, 1, 128])
-    scale = scales.index(stage).slice(GROUP * 4, 4).load(SCALES).reshape([4, 1, 64])
-    HELD: gl.constexpr = scale.type.layout
-    weight = decode_units(words, scale, gl.zeros([4, 1, 64], gl.int32, layout=HELD), tokens.dtype)
+    SCALES: gl.constexpr = unit_layout(1)
+    words = codes.index(stage).slice(GROUP * 4, 4).load(WORDS).reshape([4, 1, UNIT_WORDS])
+    scale = scales.index(stage).slice(GROUP * 4, 4).load(SCALES).reshape([4, 1, UNIT_SCALES])
+    weight = decode_units(words, scale, 0, tokens.dtype)
     weight = weight.permute([0, 1, 2, 3, 5, 6, 7, 4, 8]).reshape([GROUP_ROWS, STEP])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(tokens.shape[1]), 2)
     return gl.convert_layout(weight, LEFT, assert_trivial=True)
@@ -136,12 +153,10 @@ def multiply(
     tokens, codes, scales, full, empty = ring
     STAGES: gl.constexpr = tokens.shape[0]
     BM: gl.constexpr = tokens.shape[1]
-    begin, count, shared, me = share
     sums, counters, each, total = parts
     it = 0
     while it < total:
-        tile, first = locate(it, share, UNITS)
-        last = gl.where(it < count, gl.minimum(UNITS, first + count - it), UNITS)
+        tile, first, last = stretch(it, share, UNITS)
         acc = gl.zeros([GROUP_ROWS, BM], gl.float32, layout=sums_layout(BM))
         for _ in range(first, last):
             stage = it % STAGES
@@ -199,8 +214,8 @@ def product_kernel(
         tiles = (gl.load(block_ends + EXPERTS - 1).to(gl.int32), gl.cdiv(N, TILE_COLUMNS))
     share, total, each = shares(tiles[0] * tiles[1], UNITS)
     tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, STEP], x_desc.layout)
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES, UNITS_OF_TILE, 128], codes_desc.layout)
-    scales = gl.allocate_shared_memory(gl.uint8, [STAGES, UNITS_OF_TILE, 64], scale_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, UNITS_OF_TILE, UNIT_WORDS], codes_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int16, [STAGES, UNITS_OF_TILE, UNIT_SCALES], scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -288,10 +303,11 @@ def _product(
 ) -> None:
     """``rows [M, K]`` in dot order, one row of ``counters`` for each program; it follows a kernel that zeroed them."""
     m, k = rows.shape
+    units = UNITS_OF_TILE.value
     product_kernel[(len(counters),)](
         TensorDescriptor.from_tensor(rows, [launch.block_m, STEP.value], _swizzled()),
-        TensorDescriptor.from_tensor(weight.words.view(-1, k * 2), [UNITS_OF_TILE.value, 128], _straight(32)),
-        TensorDescriptor.from_tensor(weight.scale.view(-1, k), [UNITS_OF_TILE.value, 64], _straight(8)),
+        TensorDescriptor.from_tensor(weight.words.view(-1, k * 2), [units, UNIT_WORDS.value], _straight(32)),
+        TensorDescriptor.from_tensor(weight.scale_pairs.view(-1, k // 2), [units, UNIT_SCALES.value], _straight(16)),
         weight.global_scale,
         bias,
         routing,

@@ -20,7 +20,7 @@ from . import few_rows, many_rows
 from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import natural_position, to_dot_order
 from .operands import Schedule, Weight, launch_for, rows_of
-from .reference import expert_of_row
+from .reference import NO_ACTIVATION, expert_of_row
 from .schedule import schedule
 from .tile import activate, product_tile, times_global
 
@@ -101,8 +101,10 @@ def expert_product_kernel(
 
 
 @triton.jit
-def sum_slots_kernel(slots, ids, out, N, EXPERTS, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+def sum_slots_kernel(slots, ids, out, N, EXPERTS, CHOICES: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """``out [T, N]``: the sum of a token's CHOICES rows of ``slots`` float32; a row of no valid expert is not read."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -146,11 +148,11 @@ def gathered_linear(
     launch = launch_for(arch, triton.cdiv(len(ids), weight.count), x, weight, asm=asm, experts=True)
     plan = schedule(ids, weight.count, launch.block_m)
     if isinstance(launch, FewRows):
-        few_rows.expert_product(plan, rows, 1, weight, None, out, "none", launch)
+        few_rows.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
     elif isinstance(launch, ManyRows):
         many_rows.gathered(plan, rows, weight, out, launch)
     else:
-        _product(plan, launch, _rows_for(plan, rows, 1, asm), weight, None, Rows(out), "none", asm)
+        _product(plan, launch, _rows_for(plan, rows, 1, asm), weight, None, Rows(out), NO_ACTIVATION, asm)
     return out
 
 
@@ -222,10 +224,13 @@ def _experts_of(
         launch = arch.tile(of_expert, x.dtype, experts=True)
     plan = schedule(flat, up.count, launch.block_m)
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
+    # On Hopper these begin while the kernel before them ends.
+    dependent = arch.wgmma and not isinstance(launch, Tile)
     if isinstance(launch, FewRows):
         hidden = x.new_empty((flat.shape[0], inner))
-        few_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch)
-        few_rows.expert_product(plan, hidden, 1, down, routing, slots, "none", launch)
+        chained = (1, 2) if dependent else (0, 0)
+        few_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch, chained[0])
+        few_rows.expert_product(plan, hidden, 1, down, routing, slots, NO_ACTIVATION, launch, chained[1])
     elif isinstance(launch, ManyRows):
         many_rows.experts(plan, x, choices, up, down, routing, slots, activation, launch)
     else:
@@ -233,10 +238,19 @@ def _experts_of(
         ordered = asm and x.dtype != torch.float32
         rows = Rows(x.new_empty((flat.shape[0], inner + (-inner % 64 if ordered else 0))), ordered)
         _product(plan, launch, _rows_for(plan, x, choices, asm), up, None, rows, activation, asm)
-        _product(plan, launch, rows, down, routing, Rows(slots), "none", asm)
+        _product(plan, launch, rows, down, routing, Rows(slots), NO_ACTIVATION, asm)
     block = 512
     sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
-        slots, flat, out, columns, up.count, CHOICES=choices, BLOCK=block, num_warps=4
+        slots,
+        flat,
+        out,
+        columns,
+        up.count,
+        CHOICES=choices,
+        BLOCK=block,
+        DEPENDENT=dependent,
+        launch_pdl=dependent,
+        num_warps=4,
     )
 
 

@@ -30,6 +30,11 @@ class Weight:
         return words_of(self.codes)
 
     @property
+    def scale_pairs(self) -> torch.Tensor:
+        """The scales of ``fragments`` two by two, those of a lane's two rows: int16 ``[..., K/32]``."""
+        return self.scale.view(torch.int16)
+
+    @property
     def aligned(self) -> bool:
         """Whether the copy engine can read codes and scales: they begin at multiples of 16 bytes."""
         return self.codes.data_ptr() % 16 == 0 and self.scale.data_ptr() % 16 == 0

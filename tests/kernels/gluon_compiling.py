@@ -77,6 +77,7 @@ def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, 
         types |= dict.fromkeys(("experts", "order", "ends", "block_ends"), "*i32")
     if isinstance(launch, FewRows):
         types |= _few_operands(dtype) | {"slots_of_x": "i32"}
+        constants["CHAINED"] = (2 if down else 1) if arch.wgmma and product != "direct" else 0
         return compile_gluon(few_rows.experts_kernel, types, constants, arch, launch)
     types |= _many_operands(dtype, launch) | {"M": "i32"}
     return compile_gluon(many_rows.product_kernel, types, constants, arch, launch)
@@ -113,7 +114,7 @@ def assert_fits(arch: Arch, kernel: Any, *, spills: int = 0) -> None:
 
 
 def _few_operands(dtype: torch.dtype) -> dict[str, str]:
-    return {"x": POINTER[dtype], "words": "*i32", "scale": "*u8", "stride_xm": "i32"}
+    return {"x": POINTER[dtype], "words": "*i32", "scale": "*i16", "stride_xm": "i32"}
 
 
 def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
@@ -121,7 +122,7 @@ def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
     return {
         "x_desc": _descriptor(POINTER[dtype][1:], launch.block_m, 64, many_rows._swizzled()),
         "codes_desc": _descriptor("i32", units, 128, many_rows._straight(32)),
-        "scale_desc": _descriptor("u8", units, 64, many_rows._straight(8)),
+        "scale_desc": _descriptor("i16", units, 32, many_rows._straight(16)),
         "parts": "*fp32",
         "counters": "*i32",
     }

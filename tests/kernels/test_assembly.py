@@ -39,3 +39,12 @@ def test_all_finite_products_of_the_assembly_are_exact(order, dtype):
     undone = products.view(254, 16, 8) * decode.undo_factor(True)
     assert torch.equal(undone, expected)
     assert torch.equal(undone.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("half", (False, True))
+def test_two_scales_at_once_are_each_as_by_itself(half):
+    one, other = torch.arange(256).repeat_interleave(256), torch.arange(256).repeat(256)
+    pair = Machine(**{"$2": one | other << 8 | 0xABCD << 16}).run(decode.scale_pair_assembly(half)).registers
+    for byte, register in ((one, "$0"), (other, "$1")):
+        alone = Machine(**{"$1": byte}).run(decode.scale_assembly(half)).registers["$0"]
+        assert torch.equal(pair[register], alone)

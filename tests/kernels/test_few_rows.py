@@ -18,6 +18,7 @@ HOPPER = arch.ARCHS[90]
 MOST_SPILLS = {("dense", 32, 8): 8, ("direct", 32, 8): 4, ("down", 32, 16): 2, ("down", 32, 32): 12}
 # A unit's codes are one load of 16 bytes a lane, its scales one of two. Codes pass by the L1 cache, tokens do not.
 CODES, SCALES, TOKENS = "LDG.E.128.STRONG.GPU", "LDG.E.U16", "LDG.E.128 "
+COPIES = "LDGSTS.E.BYPASS.128"
 
 
 def products(experts, launch):
@@ -40,7 +41,8 @@ def every_launch():
             again = (experts, launch) in listed and launch.block_m < 64
             listed.add((experts, launch))
             for product in products(experts, launch):
-                name = f"sm{generation.sm}-{product}-{launch.block_m}x{16 * launch.rows}-{launch.warps}warps"
+                size = f"{launch.block_m}x{16 * launch.rows}x{launch.across}"
+                name = f"sm{generation.sm}-{product}-{size}-{launch.warps}warps-{launch.slots}slots"
                 yield pytest.param(
                     generation,
                     launch,
@@ -94,7 +96,7 @@ def test_weight_is_on_its_way_before_the_first_product(launch, k):
     """
     code = compiling.operations(compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k))
     product, barrier = (compiling.places(code, name)[0] for name in ("HMMA", "BAR.SYNC"))
-    steps = -(-k // (64 * launch.warps))
+    steps = -(-k // (64 * launch.warps // launch.across))
     for load in (CODES, SCALES):
         early = [place for place in compiling.places(code, load) if place < barrier]
         assert len(early) == min(steps, launch.depth) * launch.rows, load
@@ -122,3 +124,17 @@ def test_an_early_launch_reads_its_weight_before_it_waits_and_its_tokens_after(l
         codes = [place for place in compiling.places(code, CODES) if place < waits[0]]
         assert begins[0] < codes[0] and len(codes) == launch.depth * launch.rows
         assert waits[0] < min(compiling.places(code, TOKENS) + compiling.places(code, "STG"))
+
+
+@pytest.mark.parametrize("launch", dense_launches(16), ids=lambda launch: f"{launch}, slots: {launch.slots}")
+def test_x_with_slots_passes_through_shared_memory_once_for_all_warps(launch):
+    """16 bytes a lane at a time, and a barrier for each step: every warp waits for the copies of all."""
+    k = 64 * launch.warps // launch.across * launch.depth  # so that no step is in a loop
+    code = compiling.operations(compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k, plain=True))
+    copies = compiling.places(code, COPIES)
+    assert bool(copies) == bool(launch.slots) != bool(compiling.places(code, TOKENS))
+    if launch.slots:
+        assert not [line for line in code if line.startswith("LDGSTS") and not line.startswith(COPIES)]
+        loads = [place for place in compiling.places(code, "LDS.128") if place > copies[0]]
+        assert len(loads) >= 2 * launch.depth * launch.block_m // 8
+        assert len(compiling.places(code, "BAR.SYNC")) > launch.depth

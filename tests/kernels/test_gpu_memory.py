@@ -21,7 +21,7 @@ WITHIN = 0.0025
 # Between the launches' bounds, and one row more than a tile.
 ROWS = (1, 12, 17, 33, 65, 129, 257, 449)
 # Their heights choose between the launches of dense products, and their depths; none is a multiple of a tile's.
-DENSE = [(n, k) for n in (208, 3088, 8208) for k in (192, 4160)] + [(8208, 8256)]
+DENSE = [(n, k) for n in (208, 3088, 8208) for k in (192, 4160)] + [(8208, 8256), (65552, 192)]
 EXPERTS, WIDTHS = 3, (208, 192)
 
 

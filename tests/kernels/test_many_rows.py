@@ -13,18 +13,13 @@ from fp4pass.lowering.arch import ManyRows
 from . import gluon_compiling as compiling
 
 HOPPER = arch.ARCHS[90]
-# In the highest tile the sums fill the registers of a group, and two programs share what one has otherwise. Behind the
-# last product of a tile, addresses are put aside: so many loads and stores of them Triton 3.9 makes at most (3.6: two).
-MOST_SPILLS = {
-    (256, "dense"): 6,
-    (256, "plain"): 6,
-    (256, "down"): 34,
-    (64, "dense"): 6,
-    (64, "up"): 4,
-    (32, "down"): 4,
-}
+# In the highest tile the sums fill the registers of a group, and two programs share what one has otherwise. Before the
+# loops and behind the last product of a tile, addresses are put aside: so many loads and stores of them Triton 3.9
+# makes at most (3.6: five).
+MOST_SPILLS = {(256, "dense"): 7, (256, "plain"): 3, (256, "down"): 36, (32, "down"): 37}
+MOST_SPILLS |= {(64, "dense"): 28, (64, "plain"): 22, (64, "up"): 25, (64, "down"): 20}
 # Instructions of the loop for a word of eight codes, everything included; the decoding takes 15 of them.
-MOST_FOR_A_WORD = 36
+MOST_FOR_A_WORD = 26
 CASES = [
     (launch, product)
     for experts, launch in arch.launches(HOPPER)
@@ -92,7 +87,9 @@ def test_products_of_a_step_follow_each_other(launch, product):
 def test_decoded_weights_stay_in_registers_and_cost_few_instructions(launch, product):
     for loop in loops(compiling.operations(compiled(launch, product))):
         assert not [line for line in loop if line.startswith(("STS", "SHFL", "LDL", "STL"))]
-        assert [loop[place].split()[0] for place in compiling.places(loop, "LDS")] == ["LDS.U16", "LDS.128"]
+        # The scales of a lane's two rows, and its codes.
+        reads = [loop[place].split()[0] for place in compiling.places(loop, "LDS")]
+        assert reads in (["LDS.S16", "LDS.128"], ["LDS.U16", "LDS.128"])
         assert len(loop) <= 4 * MOST_FOR_A_WORD
 
 

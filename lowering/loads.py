@@ -1,0 +1,135 @@
+# ruff: noqa: ANN001, ANN201  (kernels: Triton types the parameters)
+
+"""How few_rows.py reads: units of the weight, each warp its own, and the columns of x that belong to them.
+
+A *step* is SPLIT units along K of ROWS * ACROSS rows of units: ROWS for each warp. x comes straight into the registers
+of the warps that multiply it, or through shared memory, a *slot* for each step.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from .units import UNIT_SCALES, UNIT_WORDS
+
+# Its names in Triton 3.6 and 3.9.
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+
+@gluon.constexpr_function
+def memory_layout(split, across, width):
+    """Units as memory has them: ``[split, rows of units, width * 32]``, each lane ``width`` neighbours."""
+    return gl.BlockedLayout([1, 1, width], [1, 1, 32], [split, across, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def tokens_layout(split, across, block_m):
+    """x ``[split, block_m, 64]``: lane ``4 g + t`` holds block t of rows g, g + 8, ...: what its product takes."""
+    columns = [[0, 0, 1 << bit] for bit in range(4)]
+    rows = [[0, 8 << bit, 0] for bit in range((block_m // 8).bit_length() - 1)]
+    lanes = [[0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    warps = [[0, 0, 0]] * (across.bit_length() - 1) + [[1 << bit, 0, 0] for bit in range(split.bit_length() - 1)]
+    return gl.DistributedLinearLayout(columns + rows, lanes, warps, [], [split, block_m, 64])
+
+
+@gluon.constexpr_function
+def source_layout(split, across, block_m, slots):
+    """Of x where it is read from memory: as the product takes it, or as it is copied, 16 bytes a lane."""
+    if slots:
+        return gl.BlockedLayout([1, 1, 8], [1, 4, 8], [split, across, 1], [2, 1, 0])
+    return tokens_layout(split, across, block_m)
+
+
+@gluon.constexpr_function
+def rows_layout(split, across, block_m, slots):
+    """Of the rows of x that a tile reads, ``[block_m]``."""
+    return gl.SliceLayout(0, gl.SliceLayout(2, source_layout(split, across, block_m, slots)))
+
+
+@gluon.constexpr_function
+def slot_layout():
+    """Of a step of x in shared memory ``[split, block_m, 64]``: eight lanes read and write all banks."""
+    return gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+
+
+@gluon.jit
+def load_unit(
+    weight,
+    rows,
+    step,
+    K: gl.constexpr,
+    SPLIT: gl.constexpr,
+    ACROSS: gl.constexpr,
+    ROWS: gl.constexpr,
+    SIZE: gl.constexpr,
+):
+    """A step's units ``[SPLIT, rows of units, SIZE]``: ``step * SPLIT + part`` along K; zero past the end of K.
+
+    ``rows``: (the first row of units, how many there are from it on). What is past them is read as the last of them.
+    """
+    row, live = rows
+    UNITS: gl.constexpr = K // 64
+    LAYOUT: gl.constexpr = memory_layout(SPLIT, ACROSS, SIZE // 32)
+    part = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    extra = gl.arange(0, ROWS * ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    element = gl.arange(0, SIZE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    unit = step * SPLIT + part
+    where = weight + (row.to(gl.int64) * UNITS) * SIZE + (gl.minimum(extra, live - 1) * UNITS + unit) * SIZE + element
+    # The codes are read once: they need not stay near.
+    NEAR: gl.constexpr = "" if SIZE == UNIT_SCALES else ".cg"
+    if UNITS % SPLIT == 0:
+        return gl.load(where, cache_modifier=NEAR)
+    return gl.load(where, mask=unit < UNITS, other=0, cache_modifier=NEAR)
+
+
+@gluon.jit
+def fetch(weight, rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr, ROWS: gl.constexpr):
+    """Codes and scales of a step."""
+    words, scale = weight
+    return (
+        load_unit(words, rows, step, K, SPLIT, ACROSS, ROWS, UNIT_WORDS),
+        load_unit(scale, rows, step, K, SPLIT, ACROSS, ROWS, UNIT_SCALES),
+    )
+
+
+@gluon.jit
+def source(x, x_rows, step, SPLIT: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the columns of x that belong to a step lie ``[SPLIT, BLOCK_M, 64]``, and which columns they are."""
+    part = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    k = (step * SPLIT + part) * 64 + column
+    return x + x_rows[None, :, None] + k, k
+
+
+@gluon.jit
+def load_tokens(x, x_rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A step's columns of x, where the product takes them; zero past the end of K."""
+    where, k = source(x, x_rows, step, SPLIT, source_layout(SPLIT, ACROSS, BLOCK_M, 0))
+    if K // 64 % SPLIT == 0:
+        return gl.load(where)
+    return gl.load(where, mask=k < K, other=0.0)
+
+
+@gluon.jit
+def copy_tokens(slot, x, x_rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
+    """The same on its way into a slot of shared memory. Past the last step there is nothing to copy."""
+    if step * SPLIT < K // 64:
+        where, k = source(x, x_rows, step, SPLIT, source_layout(SPLIT, ACROSS, slot.shape[1], 1))
+        if K // 64 % SPLIT == 0:
+            copy_async(slot, where)
+        else:
+            copy_async(slot, where, mask=k < K)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def next_tokens(x, x_rows, step, place, slots, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
+    """A step's columns of x out of its slot, the last but one to be copied; the last goes on its way."""
+    SLOTS: gl.constexpr = len(slots)
+    # Behind the wait stands a barrier: every warp's copies are there, and every warp has read the step before.
+    async_copy.wait_group(SLOTS - 2)
+    tokens = slots[place % SLOTS].load(tokens_layout(SPLIT, ACROSS, slots[0].shape[1]))
+    copy_tokens(slots[(place + SLOTS - 1) % SLOTS], x, x_rows, step + SLOTS - 1, K, SPLIT, ACROSS)
+    return tokens
