@@ -21,7 +21,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``. Raises CheckpointError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last for brackets within brackets
         raise CheckpointError(
             f"{file.name} is not JSON", seen=str(error), expected="a JSON object", do=_AGAIN
         ) from error

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from fp4pass.errors import CheckpointError, Fp4passError, VersionError
 
 from .compressed import PARTS as COMPRESSED
-from .compressed import CompressedConfig, is_compressed
+from .compressed import THEIR_METHOD, CompressedConfig, is_compressed
 from .config import QuantConfig, config_json_form
 from .folder import check_folder, has_weights, read_json, weight_files
 from .fp8 import FP8Linear, set_fp8_mode
@@ -56,12 +56,15 @@ def from_pretrained(path: str | Path, *, fp8: str | None = None, **kwargs: Any) 
     if os.path.isdir(path) and not kwargs.get("subfolder"):
         check_folder(Path(path))
     kwargs["config"] = _config(path, kwargs)
+    _check_routing(kwargs["config"])
     try:
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Fp4passError:
         raise
     except Exception:
-        _on_meta(kwargs["config"], None)  # which says so if the config is to blame
+        # Each of these says so if its file is to blame.
+        _on_meta(kwargs["config"], None)
+        _read_generation_config(path)
         raise
     if fp8 is not None:
         set_fp8_mode(model, fp8)
@@ -119,6 +122,7 @@ def _config(path: str | Path, kwargs: dict[str, Any]) -> PreTrainedConfig:
     if is_compressed(facts):
         config.quantization_config = {**facts, "quant_method": COMPRESSED_METHOD}
     if facts is not None:
+        _check_method(facts.get("quant_method"))
         return config
     file = cached_file(path, "hf_quant_config.json", _raise_exceptions_for_missing_entries=False, **hub)
     if file is not None:
@@ -137,6 +141,48 @@ def _read_config(path: str | Path, hub: dict[str, Any]) -> PreTrainedConfig:
             expected="the config of a Nemotron-H model",
             do="download config.json of the release again",
         ) from error
+
+
+def _read_generation_config(path: str | Path) -> None:
+    """Raise CheckpointError if ``path`` is a folder with a generation_config.json that transformers cannot use."""
+    if not (Path(path) / "generation_config.json").is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(path)
+    except Exception as error:  # of any kind, as above
+        raise CheckpointError(
+            "generation_config.json is not one that transformers understands",
+            seen=f"{type(error).__name__}: {error}",
+            expected="settings of generate()",
+            do="download this file again, or remove it: the weights do not need it",
+        ) from error
+
+
+def _check_method(method: Any) -> None:
+    """Refuse by name what is quantized in neither of the two ways that are read here."""
+    if method not in (METHOD, COMPRESSED_METHOD, THEIR_METHOD):
+        raise CheckpointError(
+            f"quant_method {method} is not computed by fp4pass",
+            seen=f"quantization_config of config.json with quant_method {method!r}",
+            expected=f"{METHOD!r} or {THEIR_METHOD!r}",
+            do="load the checkpoint with transformers, or use an NVFP4 release",
+        )
+
+
+def _check_routing(config: PreTrainedConfig) -> None:
+    """Refuse numbers that no tensor's shape shows and that the router stumbles over in its first call."""
+    experts, chosen, groups = (
+        getattr(config, name, None) for name in ("n_routed_experts", "num_experts_per_tok", "n_group")
+    )
+    if not all(isinstance(each, int) for each in (experts, chosen, groups)):
+        return
+    if not (1 <= chosen <= experts and groups >= 1 and experts % groups == 0):
+        raise CheckpointError(
+            "config.json asks for a choice of experts that there is not",
+            seen=f"num_experts_per_tok {chosen} and n_group {groups} with n_routed_experts {experts}",
+            expected="1 <= num_experts_per_tok <= n_routed_experts, in groups of one size",
+            do="download config.json of the release again",
+        )
 
 
 def _facts(config: PreTrainedConfig) -> dict[str, Any] | None:

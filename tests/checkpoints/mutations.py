@@ -86,7 +86,7 @@ def damaged_header(c):
 def garbage_json(c):
     file = c.rng.choice([*sorted(c.folder.glob("*config.json")), c.folder / "model.safetensors.index.json"])
     text = file.read_text()
-    file.write_text(c.rng.choice([text[: c.rng.randrange(len(text))], "[]", "null", '"text"', ""]))
+    file.write_text(c.rng.choice([text[: c.rng.randrange(len(text))], "[]", "null", '"text"', "", "[" * 100_000]))
     return file.name
 
 
@@ -323,6 +323,16 @@ def another_pattern(c):
         return config["hybrid_override_pattern"]
 
     return c.edit_config(change)
+
+
+@mutation
+def another_generation_config(c):
+    """What generate() is told; the weights do not need it."""
+    wrong = ["none such", 7, -1, None, [1], {"a": 1}]
+    names = ["cache_implementation", "compile_config", "watermarking_config", "eos_token_id", "max_length"]
+    name, value = c.rng.choice(names), c.rng.choice(wrong)
+    c.write_json("generation_config.json", c.json("generation_config.json") | {name: value})
+    return f"{name} {value}"
 
 
 @mutation

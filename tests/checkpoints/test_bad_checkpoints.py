@@ -195,3 +195,45 @@ def test_an_activation_that_experts_do_not_have(nano_dir, tmp_path):
 def test_a_layer_whose_width_has_no_nvfp4_form(nano_dir, tmp_path):
     directory = altered(nano_dir, tmp_path / "bad", edit_config=lambda config: config.update(moe_intermediate_size=40))
     refused(directory, r"backbone\.layers\.1\.mixer\.experts: up_proj has a shape")
+
+
+@pytest.mark.parametrize("method", [None, "gptq", "bitsandbytes", 7])
+def test_what_is_quantized_in_another_way_is_refused_by_name(method, nano_dir, tmp_path):
+    def edit(config):
+        config["quantization_config"] = {} if method is None else {"quant_method": method}
+
+    with pytest.raises(CheckpointError, match=f"quant_method {method} is not computed"):
+        from_pretrained(altered(nano_dir, tmp_path / "bad", edit_config=edit))
+
+
+@pytest.mark.parametrize("wrong", [{"num_experts_per_tok": 9}, {"num_experts_per_tok": 0}, {"n_group": 3}])
+def test_more_experts_than_there_are(wrong, nano_dir, tmp_path):
+    directory = altered(nano_dir, tmp_path / "bad", edit_config=lambda config: config.update(wrong))
+    with pytest.raises(CheckpointError, match="a choice of experts that there is not"):
+        from_pretrained(directory)
+
+
+@pytest.mark.parametrize("content", ['{"cache_implementation": "none such"}', '{"watermarking_config": {"a": 1}}'])
+def test_a_generation_config_of_another_world(content, nano_dir, tmp_path):
+    directory = shutil.copytree(nano_dir, tmp_path / "bad")
+    (directory / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not one that transformers understands"):
+        from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "hf_quant_config.json", "generation_config.json", "model.safetensors.index.json"]
+)
+def test_brackets_within_brackets(name, nano_dir, tmp_path):
+    directory = shutil.copytree(nano_dir, tmp_path / "bad")
+    (directory / name).write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=f"{name} is not JSON"):
+        from_pretrained(directory)
+
+
+def test_a_folder_in_the_place_of_a_file(nano_dir, tmp_path):
+    directory = shutil.copytree(nano_dir, tmp_path / "bad")
+    (directory / "hf_quant_config.json").unlink()
+    (directory / "hf_quant_config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json is not JSON"):
+        from_pretrained(directory)
