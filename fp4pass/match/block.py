@@ -115,7 +115,7 @@ def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | 
     leaves: dict[str, fx.Node] = {}
     seen: set[fx.Node] = set()
     total = _sum_below(end)
-    choices = str(value(total.args[0]).shape[1])  # a row's number over it is its token
+    computed_with: set[str] = set()
     stack = [(end, False)]
     while stack:
         node, done = stack.pop()
@@ -130,13 +130,17 @@ def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | 
             if leaves.setdefault(kind, node) is not node:
                 return None
             continue
-        if node.op != "call_function" or len(seen) > LARGEST_REGION or sizes_computed_with(node) - {choices}:
+        if node.op != "call_function" or len(seen) > LARGEST_REGION:
             return None
+        computed_with |= sizes_computed_with(node)
         stack.append((node, True))
         product = next((p for p in (up, down) if p.node is node), None)
         inputs = node.all_input_nodes if product is None else row_inputs(product)
         stack.extend((n, False) for n in reversed(inputs))
     if leaves.keys() != {"hidden", "ids", "weights"} or not {up.node, down.node} <= seen:
+        return None
+    # A row's number over the number of choices is its token; no other size may take part.
+    if not computed_with <= {str(value(node).shape[1]) for node in (total.args[0], leaves["ids"], leaves["weights"])}:
         return None
     if _is_read_elsewhere(nodes, up.node, end) or _numbers_rows(nodes, total):
         return None
