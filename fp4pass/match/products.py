@@ -95,15 +95,15 @@ def _elsewhere(graph: fx.Graph, inputs: Inputs, tainted: set[fx.Node], refused: 
     of_the_call: set[fx.Node] = set()
     found: dict[fx.Node, Product] = {}
     for node in graph.nodes:
-        is_argument = node.op == "placeholder" and not inputs.is_constant(node)
-        if is_argument or of_the_call.intersection(node.all_input_nodes):
+        read = node.all_input_nodes
+        from_the_call = of_the_call.intersection(read)
+        if from_the_call or (node.op == "placeholder" and not inputs.is_constant(node)):
             of_the_call.add(node)
-        if is_product(node) or gather_ids(node, tainted) is not None:
+        weights = [n for n in read if n in tainted and n not in from_the_call] if from_the_call else ()
+        activations = [n for n in read if n in from_the_call and _is_float(n)] if weights else ()
+        if not activations or is_product(node) or gather_ids(node, tainted) is not None:
             continue
-        activations = [n for n in node.all_input_nodes if n in of_the_call and _is_float(n)]
-        for weight in node.all_input_nodes if activations else ():
-            if weight not in tainted or weight in of_the_call:
-                continue
+        for weight in weights:
             cone = extract(weight, tainted)
             codes = code_leaf(cone, inputs)
             if inputs.is_constant(codes) and codes not in refused and scale_leaf(cone, codes) is not None:

@@ -78,14 +78,18 @@ class Context:
 
 def concrete(argument: Any) -> Any:
     """The argument with traced sizes replaced by their hints (no guard is added)."""
-    if type(argument) in _WITHOUT_SIZES:
+    kind = type(argument)
+    if kind in _WITHOUT_SIZES:
         return argument
-    if isinstance(argument, (list, tuple)):
-        return type(argument)([concrete(each) for each in argument])
-    if isinstance(argument, dict):
+    if kind is fx.Node:
+        size = argument.meta.get("val")
+        if not isinstance(size, (int, torch.SymInt)):
+            return argument
+        argument = size
+    elif isinstance(argument, (list, tuple)):
+        return kind([concrete(each) for each in argument])
+    elif isinstance(argument, dict):
         return {name: concrete(each) for name, each in argument.items()}
-    if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), (int, torch.SymInt)):
-        argument = argument.meta["val"]
     return argument.node.hint if isinstance(argument, torch.SymInt) else argument
 
 
