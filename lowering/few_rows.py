@@ -85,6 +85,7 @@ def stream_product(
     STEPS: gl.constexpr = (K // 64 + SPLIT - 1) // SPLIT
     RING: gl.constexpr = DEPTH if DEPTH < STEPS else STEPS
     ROUNDS: gl.constexpr = (STEPS - RING) // RING
+    gl.static_assert(SLOTS == 0 or ROUNDS == 0 or RING % SLOTS == 0, "a step's slot is the same in every round")
     ring = ()
     for step in gl.static_range(RING):
         ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS, ROWS),)
@@ -146,7 +147,7 @@ def linear_kernel(
     SLOTS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """``out [M, N]``, 16 ROWS columns of it for BLOCK_M rows of x."""
+    """``out [M, N]``, 16 ROWS ACROSS columns of it for BLOCK_M rows of x."""
     SPLIT: gl.constexpr = gl.num_warps() // ACROSS
     SUMS: gl.constexpr = gl.SliceLayout(0, sums_layout(SPLIT, ACROSS))
     if EARLY:
