@@ -17,6 +17,7 @@ from fp4pass.bench.compiled import Reading, chosen, compile_ours, compile_plain,
 from fp4pass.bench.table import Row
 from fp4pass.checkpoint.modules import NVFP4Experts
 from fp4pass.lowering import reference
+from fp4pass.report import last_report
 
 # Errors are taken over so many rows of the products at most: tokens, each with its experts.
 _MOST_SLOTS = 384
@@ -82,15 +83,16 @@ class _Block:
             floor=floor(readings, device, roofline(active * case.expert_bytes(), 0)),
             error=relative_error(found[few], truth) if found.isfinite().all() else float("nan"),
             bf16_error=relative_error(rounded[few], truth),
-            kernel=chosen(
-                device,
-                -(-tokens * case.top_k // case.experts),
-                self.packed.layout,
-                case.inner,
-                case.width,
-                experts=True,
-            ),
+            kernel=self._kernel(tokens),
         )
+
+    def _kernel(self, tokens: int) -> str:
+        """What the block that was compiled last runs with."""
+        case = self.case
+        rows = -(-tokens * case.top_k // case.experts)
+        name = chosen(self.device, rows, self.packed.layout, case.inner, case.width, experts=True)
+        whole = any(entry.op == "fp4pass.experts" for entry in last_report().rewritten)
+        return name if whole else f"{name}, product by product"
 
     def _routings(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(ids, weights) for calls in turn. With few tokens each goes to other experts than the one before it."""
