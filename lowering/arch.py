@@ -129,12 +129,19 @@ _FEW_WIDE = (FewRows(4, 1, 8, 8), FewRows(4, 1, 4, 16, across=2, slots=4), FewRo
 _FEW_WIDE_SHORT = (FewRows(4, 1, 8, 8), FewRows(4, 1, 8, 16, slots=4), FewRows(4, 2, 4, 32))
 _FEW_WIDE_LONG = (FewRows(8, 1, 8, 8, across=2), FewRows(8, 1, 8, 16, across=2, slots=4), FewRows(4, 2, 4, 32))
 _FEW_HUGE = (FewRows(4, 2, 4, 8), FewRows(4, 1, 8, 16, across=4, slots=4), FewRows(4, 2, 4, 32))
-_FEW_EXPERTS = (FewRows(2, 2, 4, 8), FewRows(2, 2, 4, 16), FewRows(2, 2, 4, 32))
+_FEW_DIRECT = FewRows(2, 1, 4, 8)
+_FEW_EXPERTS = (
+    FewRows(2, 2, 4, 8),
+    FewRows(4, 1, 8, 16, across=4, slots=8),
+    FewRows(4, 1, 8, 32, across=4, slots=4),
+)
 _LOW, _HUGE = 3072, 65536
 _SHORT, _LONG = 4096, 8192
 # With more rows of x than these wgmma, where there is one, is worth its longer way; for weights neither low nor wide
-# that begins later.
-_MOST, _MOST_OF_MIDDLE = 16, 32
+# that begins later. Of experts' rows that is how many to expect: some have more.
+_MOST, _MOST_OF_MIDDLE, _MOST_OF_EXPERTS = 16, 32, 12
+# Up to here a program for each slot is cheaper than sorting, although two may read the same weight.
+_MOST_DIRECT_SLOTS = 32
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
 # Two programs on a multiprocessor decode for each other's products, where there is work enough for both. The large tile
@@ -182,8 +189,9 @@ class Arch:
     def launch(
         self, rows: int, dtype: torch.dtype, layout: str, *, columns: int, depth: int, experts: bool = False
     ) -> FewRows | ManyRows | Tile:
-        """What a product over K runs with on a GPU: ``rows`` of x (an expert's, for ``experts``), a weight ``[N, K]``.
+        """What a product over K runs with on a GPU: ``rows`` of x, a weight ``[N, K]``.
 
+        For ``experts`` these are the rows to expect of one, see `rows_of_expert`.
         Which of the three says which kernel: see few_rows.py, many_rows.py, and linear.py or moe.py for tiles.
         """
         if layout == FRAGMENTS and dtype != torch.float32:
@@ -197,10 +205,10 @@ class Arch:
         return self.tile(rows, dtype, experts=experts, columns=columns)
 
     def _few_rows(self, rows: int, columns: int, depth: int, experts: bool) -> FewRows | None:
-        most = _MOST_OF_MIDDLE if _LOW <= columns < _WIDE and not experts else _MOST
-        if self.wgmma and rows > most:
+        middle = _MOST_OF_MIDDLE if _LOW <= columns < _WIDE else _MOST
+        if self.wgmma and rows > (_MOST_OF_EXPERTS if experts else middle):
             return None
-        for launch in _few_rows_of(columns, depth, experts):
+        for launch in _few_rows_of(rows, columns, depth, experts):
             if rows <= launch.block_m:
                 return replace(launch, early=self.wgmma and not experts)
         return None
@@ -221,9 +229,14 @@ class Arch:
         return -(-steps // longest)
 
 
-def _few_rows_of(columns: int, depth: int, experts: bool) -> tuple[FewRows, ...]:
+def rows_of_expert(slots: int, experts: int) -> int:
+    """How many of so many slots to expect for an expert; 0 where each runs by itself, without being sorted."""
+    return 0 if slots <= min(_MOST_DIRECT_SLOTS, experts) else -(-slots // experts)
+
+
+def _few_rows_of(rows: int, columns: int, depth: int, experts: bool) -> tuple[FewRows, ...]:
     if experts:
-        return _FEW_EXPERTS
+        return _FEW_EXPERTS if rows else (_FEW_DIRECT,)
     if columns < _WIDE:
         return _FEW_LOW if columns < _LOW else _FEW
     if columns >= _HUGE:
@@ -304,7 +317,8 @@ def launches(arch: Arch) -> Iterator[tuple[bool, FewRows | ManyRows]]:
         (experts, arch.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth, experts=experts))
         for columns, depth in shapes
         for experts in (False, True)
-        for rows in (1, 16, 32, 64, 128, 256, _ANY)
+        for rows in (0, 1, 12, 16, 32, 64, 128, 256, _ANY)
+        if rows or experts
     }
     yield from sorted(((experts, each) for experts, each in found if not isinstance(each, Tile)), key=str)
 

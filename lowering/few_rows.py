@@ -262,8 +262,7 @@ def linear(
     """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
     n = out.shape[1]
-    if launch.slots and (rows.stride(0) % 16 or rows.data_ptr() % 16):
-        rows = rows.clone()  # Shared memory is filled 16 bytes at a time.
+    rows = _readable(rows, launch)
     linear_kernel[(triton.cdiv(n // 16, launch.rows * launch.across), triton.cdiv(m, launch.block_m))](
         rows,
         weight.words,
@@ -298,6 +297,7 @@ def expert_product(
     chained: 1 or 2 for the first or second of two products that follow each other (SM90).
     """
     n = out.shape[1]
+    rows = _readable(rows, launch)
     experts_kernel[(triton.cdiv(n // 16, launch.rows * launch.across), plan.blocks)](
         rows,
         weight.words,
@@ -320,3 +320,10 @@ def expert_product(
         launch_pdl=chained > 0,
         **launch.constants,
     )
+
+
+def _readable(rows: torch.Tensor, launch: FewRows) -> torch.Tensor:
+    """``rows``, or a copy where Triton could not tell that each begins at a multiple of 16 bytes, as slots need."""
+    if launch.slots and (rows.stride(0) % 16 or rows.data_ptr() % 16):
+        return rows.clone(memory_format=torch.contiguous_format)
+    return rows

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import few_rows, many_rows
-from .arch import Arch, FewRows, ManyRows, Tile, target
+from .arch import Arch, FewRows, ManyRows, Tile, rows_of_expert, target
 from .decode import natural_position, to_dot_order
 from .operands import Schedule, Weight, launch_for, rows_of
 from .reference import NO_ACTIVATION, expert_of_row
@@ -145,7 +145,7 @@ def gathered_linear(
     if not out.numel():
         return out
     weight, rows, ids = Weight(codes, scale, global_scale, layout), rows_of(x), ids.contiguous()
-    launch = launch_for(arch, triton.cdiv(len(ids), weight.count), x, weight, asm=asm, experts=True)
+    launch = launch_for(arch, rows_of_expert(len(ids), weight.count), x, weight, asm=asm, experts=True)
     plan = schedule(ids, weight.count, launch.block_m)
     if isinstance(launch, FewRows):
         few_rows.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
@@ -217,7 +217,7 @@ def _experts_of(
     """Write the block's result for the tokens of ``x`` into ``out``, a part of the whole result."""
     flat, choices = ids.reshape(-1), ids.shape[1]
     inner, columns, routing = up.codes.shape[1], out.shape[1], weights.reshape(-1)
-    of_expert = triton.cdiv(len(flat), up.count)
+    of_expert = rows_of_expert(len(flat), up.count)
     # Both products run by one schedule, so what one of them cannot run with is not for the other either.
     launch, other = (launch_for(arch, of_expert, x, each, asm=asm, experts=True) for each in (up, down))
     if type(launch) is not type(other):

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .arch import rows_of_expert
 from .operands import Schedule
 
-# Up to here a program a slot is cheaper than sorting, although two slots may read the same weight.
-_MOST_DIRECT_SLOTS = 16
 # Up to here one program sorts faster than a second kernel starts.
 _MOST_SLOTS_OF_ONE_PROGRAM = 256
 _PART, _SLOTS_A_PROGRAM = 1024, 32
@@ -149,11 +148,6 @@ def order_kernel(
         name_blocks(block_ends, experts, first + tl.arange(0, SLOTS), BLOCKS, E, E_PADDED)
 
 
-def runs_directly(slots: int, experts: int) -> bool:
-    """Whether so many slots are better not sorted by their expert."""
-    return slots <= min(_MOST_DIRECT_SLOTS, experts)
-
-
 def schedule(ids: torch.Tensor, experts: int, block_m: int) -> Schedule:
     """The schedule of slots with expert ids ``[S]``, in tiles of ``block_m``; ids outside ``[0, experts)`` drop out.
 
@@ -161,7 +155,7 @@ def schedule(ids: torch.Tensor, experts: int, block_m: int) -> Schedule:
     ``experts``, and what ``order`` has behind the slots with a valid expert is undefined.
     """
     count = ids.shape[0]
-    if runs_directly(count, experts):
+    if rows_of_expert(count, experts) == 0:
         return Schedule(count, ids)
     # An expert's first block needs one slot, every further one block_m more.
     nonempty = min(count, experts)

@@ -17,6 +17,7 @@ from fp4pass.bench.compiled import Reading, chosen, compile_ours, compile_plain,
 from fp4pass.bench.table import Row
 from fp4pass.checkpoint.modules import NVFP4Experts
 from fp4pass.lowering import reference
+from fp4pass.lowering.arch import rows_of_expert
 from fp4pass.report import last_report
 
 # Errors are taken over so many rows of the products at most: tokens, each with its experts.
@@ -89,7 +90,7 @@ class _Block:
     def _kernel(self, tokens: int) -> str:
         """What the block that was compiled last runs with."""
         case = self.case
-        rows = -(-tokens * case.top_k // case.experts)
+        rows = rows_of_expert(tokens * case.top_k, case.experts)
         name = chosen(self.device, rows, self.packed.layout, case.inner, case.width, experts=True)
         whole = any(entry.op == "fp4pass.experts" for entry in last_report().rewritten)
         return name if whole else f"{name}, product by product"

@@ -77,7 +77,7 @@ def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, 
         types |= dict.fromkeys(("experts", "order", "ends", "block_ends"), "*i32")
     if isinstance(launch, FewRows):
         types |= _few_operands(dtype) | {"slots_of_x": "i32"}
-        constants["CHAINED"] = (2 if down else 1) if arch.wgmma and product != "direct" else 0
+        constants["CHAINED"] = (2 if down else 1) if arch.wgmma else 0
         return compile_gluon(few_rows.experts_kernel, types, constants, arch, launch)
     types |= _many_operands(dtype, launch) | {"M": "i32"}
     return compile_gluon(many_rows.product_kernel, types, constants, arch, launch)

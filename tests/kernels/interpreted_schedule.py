@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp4pass.lowering.schedule import runs_directly, schedule
+from fp4pass.lowering.arch import rows_of_expert
+from fp4pass.lowering.schedule import schedule
 
 from .interpreting import bounds_of_loops_are_numbers  # noqa: F401  (a fixture that all tests here have)
 
@@ -51,7 +52,7 @@ def random_ids(slots, experts, seed, dtype=torch.int64):
 def test_random_ids_with_invalid_ones_among_them(slots):
     # The interpreter takes its time: many slots with every third number of experts.
     for index, experts in enumerate(EXPERTS if slots < 600 else EXPERTS[slots % 3 :: 3]):
-        if not runs_directly(slots, experts):
+        if rows_of_expert(slots, experts):
             dtype = (torch.int64, torch.int32)[index % 2]
             assert_right(random_ids(slots, experts, slots, dtype), experts, BLOCKS_M[(index + slots) % len(BLOCKS_M)])
 
@@ -98,4 +99,4 @@ def test_few_slots_are_not_sorted():
     ids = random_ids(16, 128, 0)
     plan = schedule(ids, 128, 16)
     assert plan.blocks == 16 and plan.experts is ids and plan.order is None
-    assert not runs_directly(17, 128) and not runs_directly(6, 5) and runs_directly(5, 5)
+    assert [rows_of_expert(*each) for each in ((33, 128), (6, 5), (5, 5), (32, 128))] == [1, 2, 0, 0]

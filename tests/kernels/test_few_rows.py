@@ -9,13 +9,16 @@ pytest.importorskip("triton")
 
 from fp4pass.lowering import arch
 from fp4pass.lowering.arch import FewRows
+from fp4pass.lowering.layout import FRAGMENTS
 
 from . import gluon_compiling as compiling
 
 HOPPER = arch.ARCHS[90]
+# Of slots that run by themselves.
+DIRECT = HOPPER.launch(0, torch.bfloat16, FRAGMENTS, columns=64, depth=64, experts=True)
 # Two rows of units and little x, or routing weights: a few addresses are put aside. The most that Triton 3.6 and 3.9
 # leave, by rows of weight and of x.
-MOST_SPILLS = {("dense", 32, 8): 8, ("direct", 32, 8): 4, ("down", 32, 16): 2, ("down", 32, 32): 12}
+MOST_SPILLS = {("dense", 32, 8): 8, ("direct", 16, 8): 6, ("down", 32, 16): 2, ("down", 32, 32): 12}
 # A unit's codes are one load of 16 bytes a lane, its scales one of two. Codes pass by the L1 cache, tokens do not.
 CODES, SCALES, TOKENS = "LDG.E.128.STRONG.GPU", "LDG.E.U16", "LDG.E.128 "
 COPIES = "LDGSTS.E.BYPASS.128"
@@ -25,7 +28,7 @@ def products(experts, launch):
     """What a launch is compiled as."""
     if not experts:
         return ("dense",)
-    return ("up", "down", "direct") if launch.block_m == 8 else ("up", "down")
+    return ("direct",) if launch == DIRECT else ("up", "down")
 
 
 def every_launch():

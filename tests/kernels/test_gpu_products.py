@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fp4pass.lowering import arch, layout, reference
+from fp4pass.lowering.arch import rows_of_expert
 
 from .operands import activations, assert_within, every_product, stored, weight
 
@@ -90,7 +91,8 @@ ROWS_AT_ONCE = (1, 8, 16, 32, 64, 128, 256)
 def test_the_shapes_of_exact_products_meet_every_launch():
     generation = arch.target(torch.device("cuda"))
     met = {(False, launch(rows, n, k)) for n, k in SHAPES for rows in ROWS_AT_ONCE}
-    met |= {(True, launch(-(-slots // 2), 256, k, experts=True)) for k in (256, 8448) for slots in SLOTS_AT_ONCE}
+    at_once = [rows_of_expert(slots, 2) for slots in SLOTS_AT_ONCE]
+    met |= {(True, launch(rows, 256, k, experts=True)) for k in (256, 8448) for rows in at_once}
     # More than 256 rows have a tile of their own.
     met |= {(False, launch(512, *SHAPES[0]))}
     assert set(arch.launches(generation)) <= met
@@ -109,8 +111,8 @@ def test_all_finite_products_come_out_of_linear(n, k, dtype):
     assert torch.equal(result.double(), expected.repeat(5, 1)[:1030])
 
 
-# With two experts: directly; then about 8, 16, 32, 48, 100 and 300 rows an expert.
-SLOTS_AT_ONCE = (1, 2, 16, 32, 64, 96, 200, 600)
+# With two experts: directly; then about 8, 12, 32, 48, 100 and 300 rows an expert.
+SLOTS_AT_ONCE = (1, 2, 16, 24, 64, 96, 200, 600)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
