@@ -54,7 +54,7 @@ def reference(
 
 def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``x / scale`` in float8_e4m3fn, to the nearest; what lies beyond its range becomes its largest value."""
-    return (x.float() / scale.float().reshape(())).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def in_fp8(rows: int, columns: int) -> bool:

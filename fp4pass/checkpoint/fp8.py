@@ -2,7 +2,8 @@
 
 Weight-only (W8A16) multiplies activations as they are and works everywhere; W8A8 also rounds them to E4M3, by the
 static scale of the checkpoint, and multiplies in FP8 where the GPU can. Traced, both are plain PyTorch that decodes the
-weight and multiplies, the same for every device; outside tracing the module calls fp4pass's op.
+weight and multiplies, in as few operations as there are: a large model has hundreds of such layers, and tracing one
+costs what its operations cost. Outside tracing the module calls fp4pass's op.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class FP8Linear(PackedModule):
         weight = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device)
         # As bytes the weight can be read in a graph on GPUs whose compiler has no E4M3.
         self._add("weight", weight, held=torch.uint8)
-        self._add_scalar("weight_scale", weight_scale, device)
+        self._add_scalar("weight_scale", weight_scale, device, held=torch.float32)
         if input_scale is None:
             self.input_scale = None
         else:
-            self._add_scalar("input_scale", input_scale, device)
+            self._add_scalar("input_scale", input_scale, device, held=torch.float32)
         self.bias = None if bias is None else nn.Parameter(torch.empty(out_features, dtype=bias, device=device), False)
         self.mode, self._fixed_mode, self._sm = W8A16, None, None
 
@@ -58,8 +59,7 @@ class FP8Linear(PackedModule):
         if not torch.compiler.is_compiling():
             return torch.ops.fp4pass.fp8_linear(x, *self._arguments())
         if self.mode == W8A8:
-            scale = self.input_scale.float()
-            x = (fp8.rounded(x, scale).float() * scale).to(x.dtype)
+            x = (fp8.rounded(x, self.input_scale).float() * self.input_scale).to(x.dtype)
         return functional.linear(x, self.dense("weight", x.dtype), self.bias)
 
     def reference_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,8 +69,12 @@ class FP8Linear(PackedModule):
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] in ``dtype``, rounded once from float32 (float64 for float64)."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        values = reference.decode_scale(self._parameters[name].view(torch.uint8), wide)
-        return (values * self.weight_scale.to(wide)).to(dtype)
+        weight = self._parameters[name]
+        if self._reads_bytes and weight.dtype == torch.uint8:
+            values = reference.decode_scale(weight, wide)
+        else:
+            values = weight.view(torch.float8_e4m3fn).to(wide)
+        return (values * self.weight_scale).to(dtype)
 
     def _arguments(self) -> tuple[torch.Tensor | None, ...]:
         """What the op takes beside x: weight, its scale, the input scale in W8A8 alone, bias."""
@@ -117,6 +121,11 @@ class FP8Linear(PackedModule):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, mode={self.mode}"
+
+    @property
+    def _reads_bytes(self) -> bool:
+        """Whether the device's compiler has no E4M3, so that a graph that keeps this layer decodes bytes."""
+        return self._sm is not None and self._sm < fp8.FIRST_FP8_SM
 
     @property
     def _allows_w8a8(self) -> bool:

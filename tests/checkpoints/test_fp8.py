@@ -10,8 +10,9 @@ from fp4pass import from_pretrained
 from fp4pass.checkpoint.fp8 import FP8Linear
 from fp4pass.checkpoint.packed import Scalar
 from fp4pass.errors import CheckpointError
+from fp4pass.lowering import fp8, reference
 
-from .files import altered
+from .files import altered, same_bytes
 
 IDS = torch.arange(5, 25)[None]
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
@@ -53,6 +54,60 @@ def test_w8a8_rounds_activations_by_the_static_scale_and_saturates(fp8_layer):
     expected = torch.nn.functional.linear(rounded, dense, module.bias.double())
     for call in (module, module.reference_forward, torch.compile(module, backend="eager", fullgraph=True)):
         torch.testing.assert_close(call(x).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def every_byte(scale_dtype, shape, sm, mode):
+    """A layer whose weight has every finite E4M3 byte, with scales as a checkpoint may have them, on such a GPU."""
+    scalar = Scalar(shape, scale_dtype)
+    module = FP8Linear(127, 2, weight_scale=scalar, input_scale=scalar, device="cpu")
+    finite = torch.arange(256)[torch.arange(256) & 0x7F != 0x7F]
+    module.weight.data = finite.to(torch.uint8).view(2, 127).view(torch.float8_e4m3fn)
+    module.weight_scale.data.fill_(0.0371)
+    module.input_scale.data.fill_(0.013)
+    module.settle()
+    module.suit(sm)
+    module.mode = mode
+    return module
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize(("sm", "mode"), [(None, "w8a16"), (80, "w8a16"), (90, "w8a16"), (80, "w8a8"), (90, "w8a8")])
+def test_what_is_traced_has_the_bits_of_the_reference(sm, mode, shape, scale_dtype):
+    torch.compiler.reset()  # the limit of recompiles is one for all modules of a class
+    module = every_byte(scale_dtype, shape, sm, mode)
+    factor, input_scale = (module.get_parameter(name).float() for name in ("weight_scale", "input_scale"))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        dense = (reference.decode_scale(module.weight) * factor).to(dtype)
+        assert same_bytes(module.dense("weight", dtype), dense)
+        x = torch.cat((torch.randn(200, 127), 100 * torch.randn(200, 127), torch.zeros(1, 127))).to(dtype)
+        before = (fp8.rounded(x, input_scale).float() * input_scale).to(dtype) if mode == "w8a8" else x
+        traced = torch.compile(module, backend="eager", fullgraph=True)(x)
+        assert same_bytes(traced, torch.nn.functional.linear(before, dense))
+    exact = reference.decode_scale(module.weight, torch.float64) * factor.double()
+    assert torch.equal(module.dense("weight", torch.float64), exact)
+
+
+@pytest.mark.parametrize(("sm", "mode", "most"), [(90, "w8a8", 12), (90, "w8a16", 5), (None, "w8a16", 5)])
+def test_a_layer_is_traced_to_few_operations(sm, mode, most):
+    """Ultra has two of them a layer, and tracing is what an explain of it spends its time on."""
+    torch.compiler.reset()
+    module, graphs = every_byte(torch.float32, (), sm, mode), []
+    count = lambda gm, inputs: graphs.append(gm.graph) or gm  # noqa: E731
+    torch.compile(module, backend=count, fullgraph=True)(torch.ones(4, 127, dtype=torch.bfloat16))
+    (graph,) = graphs
+    assert sum(node.op not in ("placeholder", "output") for node in graph.nodes) <= most
+
+
+def test_bfloat16_scales_are_computed_with_in_float32_and_saved_as_they_were():
+    module = every_byte(torch.bfloat16, (1,), None, "w8a16")
+    assert module.weight_scale.dtype == module.input_scale.dtype == torch.float32
+    saved = module.state_dict()
+    assert saved["weight_scale"].dtype == saved["input_scale"].dtype == torch.bfloat16
+    fresh = every_byte(torch.bfloat16, (1,), None, "w8a16")
+    fresh.weight_scale.data.zero_()
+    fresh.load_state_dict(saved)
+    assert fresh.weight_scale.dtype == torch.float32 and torch.equal(fresh.weight_scale, module.weight_scale)
 
 
 def test_w8a8_without_a_static_scale_is_an_error():
