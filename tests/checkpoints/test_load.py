@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +115,9 @@ def test_push_to_hub_uploads_the_bytes_that_were_read(nano_dir, nano_model, tmp_
                 shutil.copy(operation.path_or_fileobj, uploaded / operation.path_in_repo)
 
     monkeypatch.setattr(hub, "hf_api", Hub)
+    # The card would be looked for on the hub.
+    card = SimpleNamespace(save=lambda path: Path(path).touch())
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
     nano_model().push_to_hub("somebody/nano")
     assert_same_tensors(read_tensors(uploaded), read_tensors(nano_dir))
     assert torch.equal(from_pretrained(uploaded)(IDS).logits, nano_model()(IDS).logits)
