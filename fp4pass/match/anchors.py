@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +64,8 @@ OPAQUE_PRODUCTS = frozenset(
 
 def is_product(node: fx.Node) -> bool:
     """Whether ``node`` is a matrix product: one that can be matched, one of another library, or one of our own."""
-    if anchor_of(node) is not None:
-        return True
     op = called_op(node)
-    return op is not None and (op._schema.name in OPAQUE_PRODUCTS or op.namespace == "fp4pass")
+    return op is not None and _multiplies(op)
 
 
 def called_op(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -84,4 +83,15 @@ def anchor_of(node: fx.Node) -> Anchor | None:
     """The operand positions of ``node`` if it is a product, else None."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    return ANCHORS.get(node.target) or _BY_NAME.get(node.target._schema.name)
+    return _anchor(node.target)
+
+
+# Asked of every node of a graph, several times, and an op's name is slow to come by: each op is looked at once.
+@functools.cache
+def _anchor(op: torch._ops.OpOverload) -> Anchor | None:
+    return ANCHORS.get(op) or _BY_NAME.get(op._schema.name)
+
+
+@functools.cache
+def _multiplies(op: torch._ops.OpOverload) -> bool:
+    return _anchor(op) is not None or op._schema.name in OPAQUE_PRODUCTS or op.namespace == "fp4pass"

@@ -77,12 +77,15 @@ def code_tainted(graph: fx.Graph, inputs: Inputs | None = None) -> set[fx.Node]:
     """Nodes computed from packed codes without a matrix product or a look-up of rows in between."""
     tainted: set[fx.Node] = set()
     for node in graph.nodes:
-        if holds_codes(node, inputs) or (
-            node.op == "call_function"
-            and any(n in tainted for n in node.all_input_nodes)
-            and not is_product(node)
-            and looked_up(node, tainted, inputs) is None
-        ):
+        if node.op != "call_function":
+            is_tainted = holds_codes(node, inputs)
+        else:
+            is_tainted = (
+                not tainted.isdisjoint(node.all_input_nodes)
+                and not is_product(node)
+                and looked_up(node, tainted, inputs) is None
+            )
+        if is_tainted:
             tainted.add(node)
     return tainted
 
@@ -146,10 +149,11 @@ def _is_float8(node: fx.Node) -> bool:
 def varying_sizes(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
     """The sizes that may be others in the next call and that ``node`` reads, each with whether it reads it as a number
     to compute with; otherwise it stands among the sizes of a shape."""
-    for argument in (*node.args, *node.kwargs.values()):
+    varying = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), _SIZES)]
+    for argument in (*node.args, *node.kwargs.values()) if varying else ():
         is_list = isinstance(argument, (list, tuple))
         for each in argument if is_list else (argument,):
-            if isinstance(each, fx.Node) and isinstance(each.meta.get("val"), _SIZES):
+            if isinstance(each, fx.Node) and each in varying:
                 yield each, not is_list
 
 
@@ -184,5 +188,5 @@ def extract(root: fx.Node, tainted: set[fx.Node]) -> Cone:
         if cut is not None and cut not in ids:
             ids.append(cut)
         stack.append((node, True))
-        stack.extend((n, False) for n in reversed(node.all_input_nodes) if n is not cut)
+        stack += [(n, False) for n in reversed(node.all_input_nodes) if n is not cut and n not in seen]
     return Cone(root, tuple(nodes), tuple(leaves), tuple(ids))

@@ -41,7 +41,10 @@ Shape = tuple[Dim, ...]
 
 def size_of(dim: Iterable[Factor]) -> int:
     """The dimension's size in the traced graph."""
-    return math.prod(f.size if isinstance(f, Symbol) else f for f in dim)
+    size = 1
+    for factor in dim:
+        size *= factor.size if isinstance(factor, Symbol) else factor
+    return size
 
 
 def plain(size: int) -> Dim:
@@ -56,13 +59,16 @@ def is_plain(dim: Dim) -> bool:
 
 def scaled(dim: Dim, sizes: Mapping[str, int]) -> int:
     """The dimension's size when each symbol has the given one."""
-    return math.prod(sizes[f.name] // f.divisor if isinstance(f, Symbol) else f for f in dim)
+    size = 1
+    for factor in dim:
+        size *= sizes[factor.name] // factor.divisor if isinstance(factor, Symbol) else factor
+    return size
 
 
-def divisors(shape: Shape) -> dict[str, int]:
+def divisors(dims: Iterable[Dim]) -> dict[str, int]:
     """For each symbol, what its size must be a multiple of."""
     needed: dict[str, int] = {}
-    for factor in (f for dim in shape for f in dim if isinstance(f, Symbol)):
+    for factor in (f for dim in dims for f in dim if isinstance(f, Symbol)):
         needed[factor.name] = math.lcm(needed.get(factor.name, 1), factor.divisor)
     return needed
 
@@ -80,13 +86,12 @@ def reshape(shape: Shape, literals: Sequence[int]) -> Shape:
             if not queue:
                 raise NotRescalableError("a view to a larger size")
             need = _take(queue, need, dim)
-            queue = list(merge(queue))
         out.append(merge(dim))
     return tuple(out)
 
 
 def _take(queue: list[Factor], need: int, dim: list[Factor]) -> int:
-    """Move what fits of the first factor into ``dim``; return what is still needed."""
+    """Move what fits of the first factor into ``dim``; return what is still needed. The queue stays merged."""
     head = queue.pop(0)
     size = head.size if isinstance(head, Symbol) else head
     if need % size == 0:
@@ -97,13 +102,13 @@ def _take(queue: list[Factor], need: int, dim: list[Factor]) -> int:
     rest = size // need
     if isinstance(head, int):
         dim.append(need)
-        queue.insert(0, rest)
+        queue[:] = merge((rest, *queue))
     elif rest <= LARGEST_TILE:  # [N / tile, tile]: the major part still counts rows
         dim.append(Symbol(head.name, head.full, head.divisor * rest))
-        queue.insert(0, rest)
+        queue[:] = merge((rest, *queue))
     else:  # [parts, N / parts]
         dim.append(need)
-        queue.insert(0, Symbol(head.name, head.full, head.divisor * need))
+        queue[:] = merge((Symbol(head.name, head.full, head.divisor * need), *queue))
     return 1
 
 
@@ -126,7 +131,12 @@ def merge(dim: Iterable[Factor]) -> Dim:
 
 def broadcast(shapes: Sequence[Shape]) -> Shape:
     """The shape of a pointwise operation on tensors of these shapes."""
-    rank = max((len(s) for s in shapes), default=0)
+    shapes = [shape for shape in shapes if shape]
+    if not shapes:
+        return ()
+    if shapes.count(shapes[0]) == len(shapes):  # as nearly always
+        return shapes[0]
+    rank = max(map(len, shapes))
     out: list[Dim] = []
     for position in range(-rank, 0):
         dims = {s[position] for s in shapes if len(s) >= -position and s[position]}

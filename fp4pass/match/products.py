@@ -62,6 +62,8 @@ def find_products(graph: fx.Graph, inputs: Inputs) -> list[Product]:
     tainted = code_tainted(graph, inputs)
     found = []
     for node in graph.nodes:
+        if node in tainted:
+            continue  # a product's result is not, nor are rows that were looked up
         anchor = anchor_of(node)
         found.append(_look_up(node, tainted, inputs) if anchor is None else _product(node, anchor, tainted, inputs))
     products = [product for product in found if product is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from torch import fx
 
 from fp4pass.match.dims import NotRescalableError, Shape, Symbol, divisors, scaled
 from fp4pass.match.shapes import Context, Sizes, Step, concrete, step
-from fp4pass.match.structure import placed
+from fp4pass.match.structure import written
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -55,8 +55,6 @@ class Replay:
     def __init__(self, part: Part) -> None:
         self._part = part
         self._steps: dict[fx.Node, Step] = {}
-        self._calls = {node: (concrete(node.args), _on_cpu(concrete(node.kwargs))) for node in part.nodes}
-        self._last_reads = _last_reads(part)
         self.leaf_shapes = part.leaf_shapes
         self.why_full: str | None = None
         shapes: dict[fx.Node, Any] = dict(part.leaf_shapes)
@@ -68,27 +66,25 @@ class Replay:
                 shapes[node] = found.shape
         except NotRescalableError as error:
             self.why_full = f"{node.target}: {error}"
-        self.needs = {symbol.name: 1 for symbol in part.symbols}
-        for shape in shapes.values():
-            for each in shape if isinstance(shape, list) else [shape]:
-                for name, divisor in divisors(each).items():
-                    self.needs[name] = math.lcm(self.needs[name], divisor)
+        every = [each for shape in shapes.values() for each in (shape if isinstance(shape, list) else [shape])]
+        unsplit = {symbol.name: 1 for symbol in part.symbols}
+        self.needs = unsplit | divisors(dim for shape in every for dim in shape)
 
     def calls(self, runs: Sequence[Sizes]) -> Hashable:
         """What is called at each of these sizes, without names. Parts that call the same compute the same from equal
         leaves, given in the same order."""
-        index = {node: i for i, node in enumerate((*self.leaf_shapes, *self._part.nodes))}
+        nodes = self._part.nodes
         leaves = [[scaled(dim, sizes) for dim in shape] for shape in self.leaf_shapes.values() for sizes in runs]
-        called = []
-        for node in self._part.nodes:
-            at = [self._arguments(node, sizes) for sizes in (runs if self._steps[node].arguments else runs[:1])]
-            called.append((node.target, repr(placed((at, self._calls[node][1]), index))))
-        return repr(leaves), tuple(called)
+        calls = [[self._call(n, sizes) for sizes in (runs if self._steps[n].arguments else runs[:1])] for n in nodes]
+        return repr(leaves), tuple(node.target for node in nodes), written(calls, (*self.leaf_shapes, *nodes))
 
-    def _arguments(self, node: fx.Node, sizes: Sizes | None) -> Any:
-        """The positional arguments of a call."""
+    def _call(self, node: fx.Node, sizes: Sizes | None) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a call, by position and by name."""
         arguments = self._steps[node].arguments if sizes is not None else None
-        return self._calls[node][0] if arguments is None else concrete(arguments(sizes))
+        named = node.kwargs
+        if "device" in named:  # the replay is small and the GPU may not be there
+            named = {**named, "device": torch.device("cpu")}
+        return node.args if arguments is None else arguments(sizes), named
 
     def __call__(self, leaves: Mapping[fx.Node, torch.Tensor], sizes: Sizes | None) -> torch.Tensor:
         """The root's value; ``sizes`` None runs at the traced sizes."""
@@ -99,25 +95,24 @@ class Replay:
                 values.pop(done, None)  # a size is not among them: its value comes from the trace
         return values[self._part.root]
 
+    @functools.cached_property
+    def _last_reads(self) -> dict[fx.Node, list[fx.Node]]:
+        """For each node those that no later one reads, so that their values need not be kept."""
+        read, found = {self._part.root}, {}
+        for node in reversed(self._part.nodes):
+            stand_in = self._part.stand_ins.get(node)
+            inputs = node.all_input_nodes if stand_in is None else stand_in.reads
+            found[node] = [n for n in dict.fromkeys(inputs) if n not in read]
+            read.update(inputs)
+        return found
+
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], sizes: Sizes | None) -> Any:
         if node in self._part.stand_ins:
             return self._part.stand_ins[node].value(values)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise RuntimeError(f"{node.target} gives other numbers at every call")
-        given = self._arguments(node, sizes), self._calls[node][1]
-        positional, named = fx.node.map_arg(given, values.__getitem__)
+        positional, named = concrete(self._call(node, sizes), values)
         return _CPU_FORMS.get(node.target, node.target)(*positional, **named)
-
-
-def _last_reads(part: Part) -> dict[fx.Node, list[fx.Node]]:
-    """For each node those that no later one reads, so that their values need not be kept."""
-    read, found = {part.root}, {}
-    for node in reversed(part.nodes):
-        stand_in = part.stand_ins.get(node)
-        inputs = node.all_input_nodes if stand_in is None else stand_in.reads
-        found[node] = [n for n in dict.fromkeys(inputs) if n not in read]
-        read.update(inputs)
-    return found
 
 
 def _histc(numbers: torch.Tensor, *bins: Any) -> torch.Tensor:
@@ -136,8 +131,3 @@ _CPU_FORMS: dict[Any, Callable[..., Any]] = {
     prims.convert_element_type.default: torch.Tensor.to,  # the same, without a detour through Python
     aten.view.dtype: _view_dtype,
 }
-
-
-def _on_cpu(named: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments with the traced device replaced: the replay is small and the GPU may not be there."""
-    return {name: torch.device("cpu") if name == "device" else given for name, given in named.items()}

@@ -244,8 +244,8 @@ def _is_looked_up(cone: Cone, leaf: fx.Node) -> bool:
             picked_by = index[0] if isinstance(index, (list, tuple)) else index
             if source in derived and picked_by not in cone.ids:
                 return True
-        inputs = set(node.all_input_nodes)
-        if inputs & derived and inputs <= derived | set(cone.ids):
+        inputs = node.all_input_nodes
+        if not derived.isdisjoint(inputs) and all(n in derived or n in cone.ids for n in inputs):
             derived.add(node)
     return False
 

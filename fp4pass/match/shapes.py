@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,21 +78,24 @@ class Context:
         return dims.plain(size) if size in self._columns else self.literal(size, 0)
 
 
-def concrete(argument: Any) -> Any:
-    """The argument with traced sizes replaced by their hints (no guard is added)."""
-    kind = type(argument)
-    if kind in _WITHOUT_SIZES:
-        return argument
-    if kind is fx.Node:
-        size = argument.meta.get("val")
-        if not isinstance(size, (int, torch.SymInt)):
-            return argument
-        argument = size
-    elif isinstance(argument, (list, tuple)):
-        return kind([concrete(each) for each in argument])
-    elif isinstance(argument, dict):
-        return {name: concrete(each) for name, each in argument.items()}
-    return argument.node.hint if isinstance(argument, torch.SymInt) else argument
+def concrete(argument: Any, of: Mapping[fx.Node, Any] = MappingProxyType({})) -> Any:
+    """The argument with what ``of`` has for a node in the node's place, and traced sizes replaced by their hints (no
+    guard is added)."""
+
+    def one(each: Any) -> Any:
+        kind = type(each)
+        if kind in _WITHOUT_SIZES:
+            return each
+        if kind is fx.Node:
+            if each in of:
+                return of[each]
+            size = each.meta.get("val")
+            if not isinstance(size, (int, torch.SymInt)):
+                return each
+            each = size
+        return each.node.hint if isinstance(each, torch.SymInt) else each
+
+    return fx.node.map_aggregate(argument, one)
 
 
 _WITHOUT_SIZES = frozenset((int, float, bool, str, type(None), torch.dtype))
@@ -102,14 +107,24 @@ def step(node: fx.Node, context: Context) -> Step:
     Raises:
         NotRescalableError: the operation has no rule or picks rows or experts by constants.
     """
-    rule = _RULES.get(node.target) or _RULES.get(getattr(node.target, "overloadpacket", None))
+    rule = _rule(node.target)
     if rule is not None:
         return rule(node, context)
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
-        return Step(dims.broadcast([context.shape(n) for n in node.all_input_nodes]))
     if node.all_input_nodes and all(context.is_plain(n) for n in node.all_input_nodes):
         return _unscaled(node)
     raise NotRescalableError(f"{node.target} has no rule")
+
+
+@functools.cache
+def _rule(target: Callable[..., Any]) -> Callable[[fx.Node, Context], Step] | None:
+    """The rule of an operation. Looked for once for each: the hash of an op is slow."""
+    rule = _RULES.get(target) or _RULES.get(getattr(target, "overloadpacket", None))
+    is_pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return _pointwise if rule is None and is_pointwise else rule
+
+
+def _pointwise(node: fx.Node, context: Context) -> Step:
+    return Step(dims.broadcast([context.shape(n) for n in node.all_input_nodes]))
 
 
 def _unscaled(node: fx.Node) -> Step:

@@ -47,9 +47,9 @@ class _Place:
         return f"@{self._number}"
 
 
-def placed(arguments: Any, index: Mapping[fx.Node, int]) -> Any:
-    """Arguments with every node in ``index`` as its place, to be written down. (As text 1, 1.0 and True differ.)"""
-    return fx.node.map_arg(arguments, lambda node: _Place(index[node]) if node in index else node)
+def written(arguments: Any, nodes: Sequence[fx.Node]) -> str:
+    """Arguments as text, in which 1, 1.0 and True differ, with every one of ``nodes`` as its place among them."""
+    return repr(concrete(arguments, {node: _Place(i) for i, node in enumerate(nodes)}))
 
 
 def structure(
@@ -59,23 +59,16 @@ def structure(
 
     Of a node in ``stand_ins`` only what stands there counts, a pair of a description and the nodes that it reads.
     """
-    index = {node: i for i, node in enumerate((*leaves, *nodes))}
-
-    def written(arguments: Any) -> str:
-        return repr(concrete(placed(arguments, index)))
 
     def metadata(node: fx.Node) -> Hashable:
         tensor = value(node)
         return tensor is not None and (str(tensor.dtype), repr(concrete([*tensor.shape, *tensor.stride()])))
 
-    operations: list[Hashable] = []
-    for node in nodes:
-        if stand_ins and node in stand_ins:
-            description, reads = stand_ins[node]
-            operations.append((description, written(tuple(reads)), metadata(node)))
-            continue
-        operations.append((node.target, written(node.args), node.kwargs and written(node.kwargs)))
-    return (tuple(map(metadata, leaves)), tuple(operations))
+    stand_ins = stand_ins or {}
+    operations = [stand_ins[node][0] if node in stand_ins else node.target for node in nodes]
+    arguments = [stand_ins[node][1] if node in stand_ins else (node.args, node.kwargs) for node in nodes]
+    described = (*leaves, *(node for node in nodes if node in stand_ins))
+    return tuple(operations), written(arguments, (*leaves, *nodes)), tuple(map(metadata, described))
 
 
 def table_bytes(table: torch.Tensor) -> bytes:
