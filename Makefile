@@ -11,10 +11,10 @@ demo: .venv/ready
 
 # Tensors in tests are small. With several workers, more threads than one would wait for each other, by spinning.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not fuzz"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fuzz"
 
 fuzz: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz
 
 lint: .venv/ready
 	$(BIN)/ruff check .
