@@ -205,8 +205,8 @@ class Arch:
         return self.tile(rows, dtype, experts=experts, columns=columns)
 
     def _few_rows(self, rows: int, columns: int, depth: int, experts: bool) -> FewRows | None:
-        middle = _MOST_OF_MIDDLE if _LOW <= columns < _WIDE else _MOST
-        if self.wgmma and rows > (_MOST_OF_EXPERTS if experts else middle):
+        most = _MOST_OF_EXPERTS if experts else _MOST_OF_MIDDLE if _LOW <= columns < _WIDE else _MOST
+        if self.wgmma and rows > most:
             return None
         for launch in _few_rows_of(rows, columns, depth, experts):
             if rows <= launch.block_m:
@@ -318,7 +318,6 @@ def launches(arch: Arch) -> Iterator[tuple[bool, FewRows | ManyRows]]:
         for columns, depth in shapes
         for experts in (False, True)
         for rows in (0, 1, 12, 16, 32, 64, 128, 256, _ANY)
-        if rows or experts
     }
     yield from sorted(((experts, each) for experts, each in found if not isinstance(each, Tile)), key=str)
 

@@ -70,8 +70,8 @@ class FP8Linear(PackedModule):
         """The weight [N, K] in ``dtype``, rounded once from float32 (float64 for float64)."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self._parameters[name]
-        if self._reads_bytes and weight.dtype == torch.uint8:
-            values = reference.decode_scale(weight, wide)
+        if self._reads_bytes:
+            values = reference.decode_scale(weight.view(torch.uint8), wide)
         else:
             values = weight.view(torch.float8_e4m3fn).to(wide)
         return (values * self.weight_scale).to(dtype)

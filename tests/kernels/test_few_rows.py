@@ -16,8 +16,8 @@ from . import gluon_compiling as compiling
 HOPPER = arch.ARCHS[90]
 # Of slots that run by themselves.
 DIRECT = HOPPER.launch(0, torch.bfloat16, FRAGMENTS, columns=64, depth=64, experts=True)
-# Two rows of units and little x, or routing weights: a few addresses are put aside. The most that Triton 3.6 and 3.9
-# leave, by rows of weight and of x.
+# Two rows of units and little x, routing weights, or unsorted slots: a few addresses are put aside. The most that
+# Triton 3.6 and 3.9 leave, by rows of weight and of x.
 MOST_SPILLS = {("dense", 32, 8): 8, ("direct", 16, 8): 6, ("down", 32, 16): 2, ("down", 32, 32): 12}
 # A unit's codes are one load of 16 bytes a lane, its scales one of two. Codes pass by the L1 cache, tokens do not.
 CODES, SCALES, TOKENS = "LDG.E.128.STRONG.GPU", "LDG.E.U16", "LDG.E.128 "
