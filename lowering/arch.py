@@ -76,27 +76,47 @@ class FewRows:
 
 @dataclass(frozen=True)
 class ManyRows:
-    """A launch of many_rows.py: rows of x in a tile, stages of its ring, programs on a multiprocessor."""
+    """A launch of many_rows.py: rows of x in a tile, stages of its ring, programs on a multiprocessor.
+
+    ``deep``: how many times 64 columns a stage has. ``across``: groups of multipliers side by side along the weight's
+    rows, 64 each; ``split``: how many such share the steps of K.
+    """
 
     block_m: int
     stages: int
     resident: int = 1
+    deep: int = 2
+    across: int = 2
+    split: int = 1
 
     def __str__(self) -> str:
-        return f"many rows: {self.block_m}x128, {self.stages} stages"
+        return f"many rows: {self.block_m}x{self.block_n}, {self.stages} stages"
 
     @property
-    def constants(self) -> dict[str, int | None]:
+    def block_n(self) -> int:
+        """Rows of the weight in a tile."""
+        return 64 * self.across
+
+    @property
+    def constants(self) -> dict[str, int]:
         """Keywords for its kernel. The warps are those of one group of multipliers.
 
-        ``maxnreg``: three groups of four warps, the loader's counted whole, share what a program gets.
+        ``maxnreg``: the groups of four warps, the loader's counted whole, share what a program gets; REGISTERS is what
+        remains for each of the others. AT_ONCE of the sums of other programs, block_m / 2 registers each, fit in.
         """
+        groups = self.across * self.split
+        share = min(255, 65536 // (128 * (groups + 1) * self.resident)) // 8 * 8
+        registers = min(240, (share * (groups + 1) - 24) // groups // 8 * 8)
         return {
             "BM": self.block_m,
             "STAGES": self.stages,
-            "RESIDENT": self.resident,
+            "DEEP": self.deep,
+            "ACROSS": self.across,
+            "SPLIT": self.split,
+            "AT_ONCE": max(1, (256 if registers > 160 else 64) // self.block_m),
+            "REGISTERS": registers,
             "num_warps": 4,
-            "maxnreg": 80 if self.resident == 2 else None,
+            "maxnreg": share,
         }
 
 
@@ -120,37 +140,77 @@ _SINGLE = ((16, Tile(16, 64, 32, 4, 2)), (_ANY, Tile(32, 64, 32, 4, 2)))
 _BACKWARD_HALF = Tile(64, 32, 64, 4, 2)
 _BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
 
-# The fastest of those tried on an H200, each for as many rows of x as it has. Low weights need more warps to each row
-# of units; in others warps across share x, through shared memory where its rows are many. The last of each tuple are
-# for GPUs without wgmma.
-_FEW_LOW = (FewRows(8, 1, 8, 8), FewRows(8, 1, 8, 16), FewRows(4, 1, 8, 32))
-_FEW = (FewRows(8, 1, 8, 8), FewRows(8, 1, 8, 16, across=2), FewRows(4, 1, 4, 32, slots=4), FewRows(4, 1, 8, 64))
-_FEW_WIDE = (FewRows(4, 1, 8, 8), FewRows(4, 1, 4, 16, across=2, slots=4), FewRows(4, 2, 4, 32))
-_FEW_WIDE_SHORT = (FewRows(4, 1, 8, 8), FewRows(4, 1, 8, 16, slots=4), FewRows(4, 2, 4, 32))
-_FEW_WIDE_LONG = (FewRows(8, 1, 8, 8, across=2), FewRows(8, 1, 8, 16, across=2, slots=4), FewRows(4, 2, 4, 32))
-_FEW_HUGE = (FewRows(4, 2, 4, 8), FewRows(4, 1, 8, 16, across=4, slots=4), FewRows(4, 2, 4, 32))
-_FEW_DIRECT = FewRows(2, 1, 4, 8)
-_FEW_EXPERTS = (
-    FewRows(2, 2, 4, 8),
-    FewRows(4, 1, 8, 16, across=4, slots=8),
-    FewRows(4, 1, 8, 32, across=4, slots=4),
+# Launches for the layout ``fragments``, each for so many rows of x at most: the fastest of those tried on an H200, all
+# of them also held against float64 there. One row is read by each warp; more go through shared memory.
+_ONE = FewRows(4, 1, 8, 8)
+_FEW_LOW = ((8, FewRows(8, 1, 8, 8, slots=4)),)
+_FEW = ((8, FewRows(8, 1, 8, 8, across=2, slots=4)),)
+# GPUs without wgmma go on with these; more rows they take in tiles.
+_MMA_LOW = (*_FEW_LOW, (16, FewRows(8, 1, 8, 16, slots=4)), (32, FewRows(4, 1, 8, 32, slots=4)))
+_MMA_FEW = (
+    *_FEW,
+    (16, FewRows(8, 1, 8, 16, across=2, slots=4)),
+    (32, FewRows(4, 1, 4, 32, slots=4)),
+    (64, FewRows(4, 1, 8, 64, across=4, slots=4)),
+)
+_MMA_WIDE = ((1, _ONE), *_MMA_FEW)
+# Where tiles are few, groups share K; where they are many, one program decodes while the other multiplies, or four
+# groups share x. The largest tile is the fastest where it is full, but for the depth of its stages.
+_MIDDLE, _LARGE = ManyRows(128, 4), ManyRows(256, 5, deep=1)
+_MANY = (
+    (16, ManyRows(16, 4, 2, across=1, split=2)),
+    (32, ManyRows(32, 4, 2, across=1, split=2)),
+    (64, ManyRows(64, 5)),
+    (128, ManyRows(64, 4, split=2)),
+    (512, _MIDDLE),
+    (_ANY, _LARGE),
+)
+_MANY_WIDE = (
+    (16, ManyRows(16, 6, 2)),
+    (32, ManyRows(32, 4, 2)),
+    (64, ManyRows(64, 3, 2)),
+    (128, _MIDDLE),
+    (256, _LARGE),
+    (384, _MIDDLE),
+    (_ANY, _LARGE),
+)
+_EIGHT = (8, ManyRows(8, 6, split=2))
+_WGMMA_LOW = _FEW_LOW + _MANY
+_WGMMA_MIDDLE = _FEW + _MANY
+_WGMMA_WIDE_SHORT = ((1, _ONE), (8, FewRows(8, 1, 8, 8, across=4, slots=4)), _MANY[0], *_MANY_WIDE[1:])
+_WGMMA_WIDE = ((1, _ONE), _EIGHT, *_MANY_WIDE)
+_WGMMA_WIDE_LONG = (*_FEW, (16, ManyRows(16, 6, split=2)), (32, ManyRows(32, 6, split=2)), *_MANY_WIDE[2:])
+_WGMMA_HUGE = (
+    (4, ManyRows(8, 8, 2)),
+    _EIGHT,
+    (16, ManyRows(16, 8, 2)),
+    (32, ManyRows(32, 5, across=4)),
+    (64, ManyRows(64, 5, across=4)),
+    (128, _MIDDLE),
+    (_ANY, _LARGE),
+)
+# Of experts' rows that is how many to expect: some have more. Slots that run by themselves have none.
+_FEW_EXPERTS = ((0, FewRows(4, 1, 4, 8)), (8, FewRows(4, 1, 8, 8, across=4, slots=8)))
+_MMA_FEW_EXPERTS = (
+    *_FEW_EXPERTS,
+    (16, FewRows(4, 1, 8, 16, across=4, slots=8)),
+    (32, FewRows(4, 1, 8, 32, across=4, slots=4)),
+)
+_WGMMA_MANY_EXPERTS = (
+    *_FEW_EXPERTS,
+    (12, FewRows(4, 1, 8, 16, across=4, slots=8)),
+    (16, ManyRows(16, 8, 2)),
+    *_MANY_WIDE[1:4],
+    (_ANY, _LARGE),
 )
 _LOW, _HUGE = 3072, 65536
 _SHORT, _LONG = 4096, 8192
-# With more rows of x than these wgmma, where there is one, is worth its longer way; for weights neither low nor wide
-# that begins later. Of experts' rows that is how many to expect: some have more.
-_MOST, _MOST_OF_MIDDLE, _MOST_OF_EXPERTS = 16, 32, 12
-# Up to here a program for each slot is cheaper than sorting, although two may read the same weight.
-_MOST_DIRECT_SLOTS = 32
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
-# Two programs on a multiprocessor decode for each other's products, where there is work enough for both. The large tile
-# is the fastest where it is full.
-_SMALLEST, _SMALL, _ALONE = ManyRows(32, 8, 2), ManyRows(64, 6, 2), ManyRows(64, 10)
-_MIDDLE, _LARGE = ManyRows(128, 7), ManyRows(256, 5)
-_MANY = ((32, _SMALLEST), (64, _ALONE), (128, _SMALL), (512, _MIDDLE), (_ANY, _LARGE))
-_MANY_WIDE = ((32, _SMALLEST), (64, _SMALL), (128, _MIDDLE), (256, _LARGE), (384, _MIDDLE), (_ANY, _LARGE))
-_MANY_EXPERTS = ((32, _SMALLEST), (64, _SMALL), (128, _MIDDLE), (_ANY, _LARGE))
+# Triton 3.6 does not compile many_rows.py for a single step.
+_LEAST_DEPTH = 192
+# Up to here a program for each slot is cheaper than sorting, although two may read the same weight.
+_MOST_DIRECT_SLOTS = 32
 
 _MOST_SPLITS = 8
 _FEWEST_STEPS_A_SPLIT = 2
@@ -195,23 +255,13 @@ class Arch:
         Which of the three says which kernel: see few_rows.py, many_rows.py, and linear.py or moe.py for tiles.
         """
         if layout == FRAGMENTS and dtype != torch.float32:
-            if few := self._few_rows(rows, columns, depth, experts):
-                return few
-            # Triton 3.6 does not compile many_rows.py for a single step.
-            if self.wgmma and depth >= 128:
-                wide = columns >= _WIDE or columns * depth >= _HEAVY
-                launches = _MANY_EXPERTS if experts else _MANY_WIDE if wide else _MANY
-                return next(launch for most, launch in launches if rows <= most)
+            for most, launch in _launches_of(self, columns, depth, experts=experts):
+                if isinstance(launch, ManyRows) and depth < _LEAST_DEPTH:
+                    break
+                if rows <= most:
+                    early = isinstance(launch, FewRows) and self.wgmma and not experts
+                    return replace(launch, early=True) if early else launch
         return self.tile(rows, dtype, experts=experts, columns=columns)
-
-    def _few_rows(self, rows: int, columns: int, depth: int, experts: bool) -> FewRows | None:
-        most = _MOST_OF_EXPERTS if experts else _MOST_OF_MIDDLE if _LOW <= columns < _WIDE else _MOST
-        if self.wgmma and rows > most:
-            return None
-        for launch in _few_rows_of(rows, columns, depth, experts):
-            if rows <= launch.block_m:
-                return replace(launch, early=self.wgmma and not experts)
-        return None
 
     def backward_tile(self, dtype: torch.dtype) -> Tile:
         """The tile of a product over N."""
@@ -234,14 +284,18 @@ def rows_of_expert(slots: int, experts: int) -> int:
     return 0 if slots <= min(_MOST_DIRECT_SLOTS, experts) else -(-slots // experts)
 
 
-def _few_rows_of(rows: int, columns: int, depth: int, experts: bool) -> tuple[FewRows, ...]:
+def _launches_of(arch: Arch, columns: int, depth: int, *, experts: bool) -> tuple[tuple[int, FewRows | ManyRows], ...]:
+    """What there is for weights ``[columns, depth]``, each with the most rows of x that it is meant for."""
     if experts:
-        return _FEW_EXPERTS if rows else (_FEW_DIRECT,)
-    if columns < _WIDE:
-        return _FEW_LOW if columns < _LOW else _FEW
+        return _WGMMA_MANY_EXPERTS if arch.wgmma else _MMA_FEW_EXPERTS
+    wide = columns >= _WIDE or columns * depth >= _HEAVY
+    if not arch.wgmma:
+        return _MMA_WIDE if wide else _MMA_LOW if columns < _LOW else _MMA_FEW
+    if not wide:
+        return _WGMMA_LOW if columns < _LOW else _WGMMA_MIDDLE
     if columns >= _HUGE:
-        return _FEW_HUGE
-    return _FEW_WIDE_SHORT if depth < _SHORT else _FEW_WIDE if depth < _LONG else _FEW_WIDE_LONG
+        return _WGMMA_HUGE
+    return _WGMMA_WIDE_SHORT if depth < _SHORT else _WGMMA_WIDE if depth < _LONG else _WGMMA_WIDE_LONG
 
 
 ARCHS = {
@@ -317,7 +371,7 @@ def launches(arch: Arch) -> Iterator[tuple[bool, FewRows | ManyRows]]:
         (experts, arch.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth, experts=experts))
         for columns, depth in shapes
         for experts in (False, True)
-        for rows in (0, 1, 12, 16, 32, 64, 128, 256, _ANY)
+        for rows in (0, 1, 4, 8, 12, 16, 32, 64, 128, 256, 384, 512, _ANY)
     }
     yield from sorted(((experts, each) for experts, each in found if not isinstance(each, Tile)), key=str)
 

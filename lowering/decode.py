@@ -58,21 +58,20 @@ def scale_assembly(half):
 
 
 @triton.constexpr_function
-def scale_pair_assembly(half):
-    """The same for two scale bytes at once, the lower half of ``$2``: two copies of each, in ``$0`` and ``$1``."""
+def scales_of_lanes_assembly(half):
+    """Two scale bytes, the lower half of ``$4``, of each of four neighbouring lanes -> the pairs of all four lanes."""
+    shuffles = "".join(f"shfl.sync.idx.b32 ${lane}, a, {lane}, 0x1c1f, 0xffffffff;" for lane in range(4))
     return (
         "{ .reg .b32 a, b, f, z; mov.b32 z, 0x80008000;"
-        "prmt.b32 a, $2, 0, 0x1404;"
+        "prmt.b32 a, $4, 0, 0x1404;"
         f"and.b32 b, a, 0x7f007f00; shr.u32 b, b, {1 if half else 4}; and.b32 a, a, 0x80008000; or.b32 a, a, b;"
-        f"{raised(half)} prmt.b32 $0, a, a, 0x1010; prmt.b32 $1, a, a, 0x3232; }}"
+        f"{raised(half)} {shuffles} }}"
     )
 
 
 @triton.constexpr_function
 def codes_assembly(layout, half):
-    """A word ``$8`` and a pair of scales ``$9`` -> eight products ``$0 .. $7`` in natural order."""
-    if layout == "fragments":
-        return fragments_assembly(half)
+    """A word ``$8`` and a pair of equal scales ``$9`` -> eight products ``$0 .. $7`` in natural order."""
     # The slot of the word that holds each k; see layout.py.
     slots = {"plain": "01234567", "plain_high_first": "10325476", "interleaved": "37261504"}[layout]
     down, kind = (3, "f16x2") if half else (6, "bf16x2")
@@ -90,25 +89,37 @@ def codes_assembly(layout, half):
 
 
 @triton.constexpr_function
-def fragments_assembly(half):
-    """The same for a word of the layout ``fragments``, where most codes come out by one shift and one mask.
+def fragments_assembly(half, words):
+    """Words of the layout ``fragments`` -> eight products each, a word's four pairs in order.
 
-    Left shifts are written as multiplications: they then run beside the masks, on another pipe of the machine.
+    Of one word ``$8`` with the scales ``$9`` of its first two pairs and ``$10`` of the others, each scale twice: ``$0``
+    to ``$7``. Of two words ``$16``, ``$17`` with such ``$18``, ``$19``, in which the lower half is for the first word
+    and the upper half for the second: ``$0`` to ``$15``. To pick a half costs nothing, the multiplication does it.
+
+    Most codes come out by one shift and one mask. Left shifts are written as multiplications: they then run beside the
+    masks, on another pipe of the machine.
     """
     where, kind = "0x81C081C0", "f16x2" if half else "bf16x2"
-    lines = ["{ .reg .b32 t, u, z; mov.b32 z, 0x80008000;"]
-    for pair in range(4):
-        if pair == 0:
-            lines.append(f"and.b32 t, $8, {where};")
-        elif pair < 3:
-            lines.append(f"mul.lo.u32 t, $8, {8**pair}; and.b32 t, t, {where};")
-        else:
-            lines.append("mul.lo.u32 t, $8, 2; and.b32 t, t, 0x80008000;")
-            lines.append("shr.u32 u, $8, 5; and.b32 u, u, 0x01000100; or.b32 t, t, u;")
-            lines.append("shr.u32 u, $8, 4; and.b32 u, u, 0x00C000C0; or.b32 t, t, u;")
-        if half:
-            lines.append("and.b32 u, t, 0x01C001C0; shl.b32 u, u, 3; and.b32 t, t, 0x80008000; or.b32 t, t, u;")
-        lines.append(f"fma.rn.{kind} t, t, $9, z; mov.b32 {{${2 * pair}, ${2 * pair + 1}}}, t;")
+    lines = ["{ .reg .b32 t, u, z, f; .reg .b16 l, h; mov.b32 z, 0x80008000;"]
+    for word in range(words):
+        codes = f"${8 * words + word}"
+        for pair in range(4):
+            if pair == 0:
+                lines.append(f"and.b32 t, {codes}, {where};")
+            elif pair < 3:
+                lines.append(f"mul.lo.u32 t, {codes}, {8**pair}; and.b32 t, t, {where};")
+            else:
+                lines.append(f"mul.lo.u32 t, {codes}, 2; and.b32 t, t, 0x80008000;")
+                lines.append(f"shr.u32 u, {codes}, 5; and.b32 u, u, 0x01000100; or.b32 t, t, u;")
+                lines.append(f"shr.u32 u, {codes}, 4; and.b32 u, u, 0x00C000C0; or.b32 t, t, u;")
+            if half:
+                lines.append("and.b32 u, t, 0x01C001C0; shl.b32 u, u, 3; and.b32 t, t, 0x80008000; or.b32 t, t, u;")
+            factor = f"${9 * words + pair // 2}"
+            if words == 2:
+                lines.append(f"mov.b32 {{l, h}}, {factor}; mov.b32 f, {{{'lh'[word]}, {'lh'[word]}}};")
+                factor = "f"
+            first = 8 * word + 2 * pair
+            lines.append(f"fma.rn.{kind} t, t, {factor}, z; mov.b32 {{${first}, ${first + 1}}}, t;")
     return "".join(lines) + "}"
 
 
@@ -137,7 +148,8 @@ def natural_position(position):
     A product over K may take K in any order, as long as both operands have the same. In a step of 16 the tensor core
     wants of thread t of four the columns 2t, 2t+1, 2t+8, 2t+9. In the dot order of 64 columns these are, over four
     steps, the 16 columns of block t: two whole words and one scale, so that decoding moves nothing between threads.
-    Position bits (s1, s0, h, t1, t0, j) stand for column bits (t1, t0, s1, s0, h, j).
+    Position bits (s1, s0, h, t1, t0, j) stand for column bits (t1, t0, s1, s0, h, j). For layouts other than
+    ``fragments``, whose words hold what a thread wants as it is.
     """
     inside = position % 64
     return (position - inside) + ((inside // 2) % 4) * 16 + (inside // 8) * 2 + inside % 2
@@ -155,7 +167,8 @@ def decode_tile(
 ):
     """words int32 ``[R, C/8]``, scale uint8 ``[R, C/16]`` -> ``DTYPE [R, C]``, / undo_factor(ASM).
 
-    The columns come in natural order, or with DOT_ORDER (assembly only, C a multiple of 64) in the dot order.
+    The columns come in natural order, or with DOT_ORDER (assembly only, C a multiple of 64) in the dot order. Of
+    ``fragments`` C is a multiple of 64, or 32 with one word of each lane, and the order the natural one.
     """
     tl.static_assert(words.dtype == tl.int32, "codes are loaded as 32-bit words")
     tl.static_assert(scale.dtype == tl.uint8, "scales are loaded as bytes")
@@ -163,6 +176,20 @@ def decode_tile(
     if ASM:
         return _decode_by_assembly(words, scale, LAYOUT, DTYPE, DOT_ORDER)
     return _decode_plainly(words, scale, LAYOUT).to(DTYPE)
+
+
+@triton.jit
+def columns_of_units(values):
+    """Values ``[R, W, 8]`` of words -> ``[R, 8 W]`` as the tensor core takes them: bits (t, s, h, j) -> (s, h, t, j).
+
+    For words of whole units, or of half a one, these are their columns; for other words the dot order.
+    """
+    ROWS: tl.constexpr = values.shape[0]
+    WORDS: tl.constexpr = values.shape[1]
+    PAIRS: tl.constexpr = 4 if WORDS == 4 else 8
+    tl.static_assert(WORDS == 4 or WORDS % 8 == 0, "a unit has 64 columns")
+    values = tl.reshape(values, (ROWS, WORDS // PAIRS, 4, PAIRS, 2))
+    return tl.reshape(tl.permute(values, (0, 1, 3, 2, 4)), (ROWS, WORDS * 8))
 
 
 @triton.jit
@@ -191,6 +218,8 @@ def _decode_plainly(words, scale, LAYOUT: tl.constexpr):
     byte = scale.to(tl.int32)
     bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
     factors = bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    if LAYOUT == "fragments":
+        codes = columns_of_units(codes)
     products = tl.reshape(codes, (ROWS, GROUPS, 16)) * factors[:, :, None]
     return tl.reshape(products, (ROWS, GROUPS * 16))
 
@@ -202,29 +231,32 @@ def _decode_by_assembly(words, scale, LAYOUT: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr = words.shape[0]
     WORDS: tl.constexpr = words.shape[1]
     SCALE_ASSEMBLY: tl.constexpr = scale_assembly(HALF)
-    CODES_ASSEMBLY: tl.constexpr = codes_assembly(LAYOUT, HALF)
     factors = tl.inline_asm_elementwise(
         SCALE_ASSEMBLY, "=r,r", [scale.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1
     )
-    # Two words share a block.
-    factors = tl.broadcast_to(factors[:, :, None], (ROWS, WORDS // 2, 2))
-    factors = tl.reshape(factors, (ROWS, WORDS))
     # One word in, eight 16-bit results out: with several elements an asm call the compiler may hand over registers
     # that are no neighbours.
-    p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
-        CODES_ASSEMBLY,
-        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-        [words, factors],
-        dtype=(tl.int16,) * 8,
-        is_pure=True,
-        pack=1,
-    )
+    OUT: tl.constexpr = "=h,=h,=h,=h,=h,=h,=h,=h,"
+    if LAYOUT == "fragments":
+        # A word has pairs of two blocks; the same word of all four lanes has them.
+        left, right = tl.split(tl.reshape(factors, (ROWS, WORDS // 8, 1, 2, 2)))
+        left = tl.reshape(tl.broadcast_to(left, (ROWS, WORDS // 8, 4, 2)), (ROWS, WORDS))
+        right = tl.reshape(tl.broadcast_to(right, (ROWS, WORDS // 8, 4, 2)), (ROWS, WORDS))
+        UNITS_ASSEMBLY: tl.constexpr = fragments_assembly(HALF, 1)
+        p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
+            UNITS_ASSEMBLY, OUT + "r,r,r", [words, left, right], dtype=(tl.int16,) * 8, is_pure=True, pack=1
+        )
+    else:
+        # Two words share a block.
+        factors = tl.broadcast_to(factors[:, :, None], (ROWS, WORDS // 2, 2))
+        factors = tl.reshape(factors, (ROWS, WORDS))
+        CODES_ASSEMBLY: tl.constexpr = codes_assembly(LAYOUT, HALF)
+        p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
+            CODES_ASSEMBLY, OUT + "r,r", [words, factors], dtype=(tl.int16,) * 8, is_pure=True, pack=1
+        )
     even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
     odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
-    products = tl.join(even, odd)
-    if DOT_ORDER:
-        tl.static_assert(WORDS % 8 == 0, "the dot order is one of 64 columns")
-        # (t, s1 | s0, h, j) -> (s1, s0, h, t, j)
-        products = tl.reshape(products, (ROWS, WORDS // 8, 4, 2, 2, 2, 2))
-        products = tl.permute(products, (0, 1, 3, 4, 5, 2, 6))
+    products = tl.reshape(tl.join(even, odd), (ROWS, WORDS, 8))
+    if DOT_ORDER or LAYOUT == "fragments":
+        products = columns_of_units(products)
     return tl.reshape(products, (ROWS, WORDS * 8)).to(DTYPE, bitcast=True)

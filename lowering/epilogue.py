@@ -6,16 +6,24 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .decode import undo_factor
-from .sharing import owner_of, place, rows_of_block
+from .sharing import place, rows_of_block
 from .units import activate
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its names in Triton 3.6 and 3.9
 
-GROUPS = gl.constexpr(2)
-GROUP_ROWS = gl.constexpr(64)
-TILE_COLUMNS = gl.constexpr(128)  # columns of the result, which are rows of the weight
+GROUP_ROWS = gl.constexpr(64)  # of the weight, which are columns of the result
+# What says that a program has left its sums. Nothing else writes it, and who reads it clears it: so memory need not be
+# prepared, in which any other 64 bits may stand.
+PRESENT = gl.constexpr(0x5EF0A7C3D1926B48)
+
+
+@gluon.constexpr_function
+def sums_layout(bm):
+    """Accumulators of a group: 64 rows of the weight by the tile's rows of x."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, bm, 16])
 
 
 @gluon.constexpr_function
@@ -25,7 +33,7 @@ def stored_layout():
 
 
 @gluon.jit
-def finish(acc, tile, tiles, plan, result, GROUP: gl.constexpr, ACTIVATION: gl.constexpr, DOT_ORDER: gl.constexpr):
+def finish(acc, tile, tiles, plan, result, GROUP: gl.constexpr, ACROSS: gl.constexpr, ACTIVATION: gl.constexpr):
     """Global scale, bias, activation and routing weight, then the group's columns of the tile's rows of ``out``."""
     out, M, N, global_scale, global_stride, bias, weights, order = result
     BM: gl.constexpr = acc.shape[1]
@@ -41,7 +49,7 @@ def finish(acc, tile, tiles, plan, result, GROUP: gl.constexpr, ACTIVATION: gl.c
     if global_scale is not None:
         factor = factor * gl.load(global_scale + expert * global_stride)
     acc = acc * factor
-    begin = tile_n * TILE_COLUMNS + GROUP * GROUP_ROWS
+    begin = (tile_n * ACROSS + GROUP) * GROUP_ROWS
     if bias is not None:
         column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, MMA))
         acc += gl.load(bias + column, mask=column < N, other=0.0).to(gl.float32)[:, None]
@@ -53,9 +61,6 @@ def finish(acc, tile, tiles, plan, result, GROUP: gl.constexpr, ACTIVATION: gl.c
         routing = gl.load(weights + row, mask=live, other=0.0).to(gl.float32)
         acc = acc * gl.convert_layout(routing, gl.SliceLayout(0, MMA))[None, :]
     value = acc.to(out.dtype.element_ty)
-    if DOT_ORDER:
-        # Column bits (t, s, j) -> (s, t, j): see natural_position in decode.py.
-        value = value.reshape([4, 8, 2, BM]).permute([1, 0, 2, 3]).reshape([GROUP_ROWS, BM])
     value = gl.convert_layout(value.permute([1, 0]), LAYOUT)
     column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(0, LAYOUT))
     gl.store(out + row.to(gl.int64)[:, None] * N + column[None, :], value, mask=live[:, None] & (column < N)[None, :])
@@ -68,32 +73,102 @@ def side_by_side(acc):
 
 
 @gluon.jit
-def leave(acc, parts, share, tile, GROUP: gl.constexpr, UNITS: gl.constexpr):
+def in_registers(sums, BM: gl.constexpr):
+    """The inverse."""
+    acc = sums.reshape([4, BM // 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([GROUP_ROWS, BM])
+    return gl.convert_layout(acc, sums_layout(BM), assert_trivial=True)
+
+
+@gluon.jit
+def place_to_meet(BM: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr):
+    """Shared memory for ``meet``: sums of one group for each that is not the first along K, and two barriers each."""
+    if SPLIT == 1:
+        return ()
+    else:
+        PLACES: gl.constexpr = 4 if SPLIT == 4 else (SPLIT - 1) * ACROSS
+        sums = gl.allocate_shared_memory(gl.float32, [PLACES, GROUP_ROWS * BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        there = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+        taken = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+        for index in gl.static_range(PLACES):
+            mbarrier.init(there.index(index), count=1)
+            mbarrier.init(taken.index(index), count=1)
+        return sums, there, taken
+
+
+@gluon.jit
+def meet(acc, meeting, turn, GROUP: gl.constexpr, PART: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr):
+    """Sums of the groups of a program that share K come together in the first of them."""
+    buffer, there, taken = meeting
+    mine = side_by_side(acc)
+    LAYOUT: gl.constexpr = mine.type.layout
+    if PART > 0:
+        PLACE: gl.constexpr = (PART - 1) * ACROSS + GROUP
+        mbarrier.wait(taken.index(PLACE), turn & 1 ^ 1)
+        buffer.index(PLACE).store(mine)
+        mbarrier.arrive(there.index(PLACE), count=1)
+        return acc
+    for part in gl.static_range(SPLIT - 1):
+        mbarrier.wait(there.index(part * ACROSS + GROUP), turn & 1)
+        mine += buffer.index(part * ACROSS + GROUP).load(LAYOUT)
+        mbarrier.arrive(taken.index(part * ACROSS + GROUP), count=1)
+    return in_registers(mine, acc.shape[1])
+
+
+@gluon.jit
+def leave(acc, parts, share, GROUP: gl.constexpr, ACROSS: gl.constexpr):
     """Leave the sums to the program that began the tile."""
-    sums, counters, each, total = parts
+    sums, flags, each, total = parts
     begin, count, shared, me = share
     mine = side_by_side(acc)
     LAYOUT: gl.constexpr = mine.type.layout
     SIZE: gl.constexpr = mine.shape[0]
-    slot = (me * GROUPS + GROUP).to(gl.int64) * SIZE
-    gl.store(sums + slot + gl.arange(0, SIZE, layout=LAYOUT), mine)
+    slot = me * ACROSS + GROUP
+    gl.store(sums + slot.to(gl.int64) * SIZE + gl.arange(0, SIZE, layout=LAYOUT), mine)
     barrier()
-    gl.atomic_add(counters + owner_of(tile, each, UNITS) * GROUPS + GROUP, 1, sem="release")
+    gl.atomic_xchg(flags + slot, gl.to_tensor(PRESENT), sem="release")
 
 
 @gluon.jit
-def collect(acc, parts, share, last, GROUP: gl.constexpr, UNITS: gl.constexpr, RESIDENT: gl.constexpr):
-    """``acc`` of the steps before ``last`` plus, in order, what the following programs have left."""
-    sums, counters, each, total = parts
-    begin, count, shared, me = share
-    BM: gl.constexpr = acc.shape[1]
-    MMA: gl.constexpr = acc.type.layout
-    # So many are on their way at once; registers allow no more.
-    AT_ONCE: gl.constexpr = max(1, 256 // BM // RESIDENT // RESIDENT)
-    others = gl.cdiv(UNITS - last, each)
-    while gl.atomic_cas(counters + me * GROUPS + GROUP, others, 0, sem="acquire") != others:
-        pass
+def wait_for(flags, count, STRIDE: gl.constexpr):
+    """Until ``count`` flags, STRIDE apart, say that sums are there; they are cleared."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for first in range(0, count, 32):
+        where = flags + gl.minimum(first + gl.arange(0, 32, layout=LANES), count - 1) * STRIDE
+        missing = 1
+        while missing > 0:
+            # Each warp looks by itself.
+            seen = gl.inline_asm_elementwise(
+                "ld.acquire.gpu.global.b64 $0, [$1];", "=l,l", [where], dtype=gl.int64, is_pure=False, pack=1
+            )
+            missing = gl.max((seen != PRESENT).to(gl.int32), axis=0)
     barrier()
+    for first in range(0, count, 32):
+        where = flags + gl.minimum(first + gl.arange(0, 32, layout=LANES), count - 1) * STRIDE
+        gl.store(where, gl.zeros([32], gl.int64, layout=LANES))
+
+
+@gluon.jit
+def collect(
+    acc,
+    parts,
+    share,
+    last,
+    GROUP: gl.constexpr,
+    PART: gl.constexpr,
+    ACROSS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    STEPS: gl.constexpr,
+    AT_ONCE: gl.constexpr,
+):
+    """``acc`` of the steps before ``last`` plus, in order, what every SPLIT-th of the following programs has left.
+
+    AT_ONCE of their sums are on their way at once.
+    """
+    sums, flags, each, total = parts
+    begin, count, shared, me = share
+    nearest = me + 1 + PART
+    others = gl.cdiv(gl.cdiv(STEPS - last, each) - PART, SPLIT)
+    wait_for(flags + nearest * ACROSS + GROUP, others, SPLIT * ACROSS)
     mine = side_by_side(acc)
     LAYOUT: gl.constexpr = mine.type.layout
     SIZE: gl.constexpr = mine.shape[0]
@@ -101,9 +176,8 @@ def collect(acc, parts, share, last, GROUP: gl.constexpr, UNITS: gl.constexpr, R
     for first in range(0, others, AT_ONCE):
         for ahead in gl.static_range(AT_ONCE):
             other = first + ahead
-            slot = ((me + 1 + other) * GROUPS + GROUP).to(gl.int64) * SIZE
+            slot = ((nearest + other * SPLIT) * ACROSS + GROUP).to(gl.int64) * SIZE
             mine += gl.load(
                 sums + slot + within, mask=(within >= 0) & (other < others), other=0.0, cache_modifier=".cg"
             )
-    acc = mine.reshape([4, BM // 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([GROUP_ROWS, BM])
-    return gl.convert_layout(acc, MMA, assert_trivial=True)
+    return in_registers(mine, acc.shape[1])

@@ -22,7 +22,15 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .arch import FewRows
 from .decode import undo_factor
-from .loads import copy_tokens, fetch, load_tokens, memory_layout, next_tokens, rows_layout, slot_layout
+from .loads import (
+    copy_tokens,
+    fetch,
+    load_tokens,
+    memory_layout,
+    next_tokens,
+    rows_layout,
+    slot_layout,
+)
 from .operands import Schedule, Weight
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
@@ -37,14 +45,11 @@ def sums_layout(split, across):
 def multiply(acc, tile, tokens, held):
     """``acc [SPLIT, 16 * rows of units, M]`` plus a step's units times their columns of x."""
     SPLIT: gl.constexpr = tokens.shape[0]
-    BLOCK_M: gl.constexpr = tokens.shape[1]
     MMA: gl.constexpr = acc.type.layout
-    # The tensor core takes columns in the dot order of decode.py: in it, a lane's own columns are its operands.
-    weight = decode_units(tile[0], tile[1], held, tokens.dtype).permute([0, 1, 2, 3, 5, 6, 7, 4, 8])
-    weight = weight.reshape([SPLIT, acc.shape[1], 64])
+    weight = decode_units(tile[0], tile[1], held, tokens.dtype).reshape([SPLIT, acc.shape[1], 64])
     weight = gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
-    x = tokens.reshape([SPLIT, BLOCK_M, 4, 4, 2, 2]).permute([0, 3, 4, 2, 5, 1]).reshape([SPLIT, 64, BLOCK_M])
-    return mma_v2(weight, gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True), acc)
+    x = gl.convert_layout(tokens.permute([0, 2, 1]), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+    return mma_v2(weight, x, acc)
 
 
 @gluon.jit
@@ -67,6 +72,7 @@ def zero_behind_a_barrier(SPLIT: gl.constexpr, ACROSS: gl.constexpr, ROWS: gl.co
 def stream_product(
     x,
     x_rows,
+    live,
     weight,
     rows,
     K: gl.constexpr,
@@ -98,7 +104,7 @@ def stream_product(
         slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)
     if SLOTS:
         for step in gl.static_range(SLOTS - 1):
-            copy_tokens(slots[step], x, x_rows, step, K, SPLIT, ACROSS)
+            copy_tokens(slots[step], x, x_rows, live, step, K, SPLIT, ACROSS)
     else:
         tokens = (load_tokens(x, x_rows, 0, K, SPLIT, ACROSS, BLOCK_M),)
     held = zero_behind_a_barrier(SPLIT, ACROSS, ROWS)
@@ -108,7 +114,7 @@ def stream_product(
         for place in gl.static_range(RING):
             now = turn * RING + place
             if SLOTS:
-                tokens = tokens + (next_tokens(x, x_rows, now, place, slots, K, SPLIT, ACROSS),)
+                tokens = tokens + (next_tokens(x, x_rows, live, now, place, slots, K, SPLIT, ACROSS),)
             else:
                 tokens = tokens + (load_tokens(x, x_rows, now + 1, K, SPLIT, ACROSS, BLOCK_M),)
             acc = multiply(acc, ring[place], tokens[place], held)
@@ -120,7 +126,7 @@ def stream_product(
         ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS, ROWS),)
     for place in gl.static_range(STEPS - DONE):
         if SLOTS:
-            tokens = tokens + (next_tokens(x, x_rows, DONE + place, DONE + place, slots, K, SPLIT, ACROSS),)
+            tokens = tokens + (next_tokens(x, x_rows, live, DONE + place, DONE + place, slots, K, SPLIT, ACROSS),)
         elif DONE + place + 1 < STEPS:
             tokens = tokens + (load_tokens(x, x_rows, DONE + place + 1, K, SPLIT, ACROSS, BLOCK_M),)
         acc = multiply(acc, ring[place], tokens[place], held)
@@ -158,10 +164,11 @@ def linear_kernel(
     if global_scale is not None:
         factor = factor * gl.load(global_scale)
     # Rows past the end read the last one again; they are not stored.
-    m = gl.minimum(first + gl.arange(0, BLOCK_M, layout=rows_layout(SPLIT, ACROSS, BLOCK_M, SLOTS)), M - 1)
-    x_rows = m.to(gl.int64) * stride_xm
+    m = first + gl.arange(0, BLOCK_M, layout=rows_layout(SPLIT, ACROSS, BLOCK_M, SLOTS))
+    live = m < M
+    x_rows = gl.minimum(m, M - 1).to(gl.int64) * stride_xm
     rows = (row, N // 16 - row)
-    acc = stream_product(x, x_rows, (words, scale), rows, K, SPLIT, ACROSS, ROWS, DEPTH, BLOCK_M, EARLY, SLOTS)
+    acc = stream_product(x, x_rows, live, (words, scale), rows, K, SPLIT, ACROSS, ROWS, DEPTH, BLOCK_M, EARLY, SLOTS)
     acc = acc * factor
     n = row * 16 + gl.arange(0, 16 * ROWS * ACROSS, layout=gl.SliceLayout(1, SUMS))
     m = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
@@ -228,6 +235,7 @@ def experts_kernel(
     if order is None:
         row_of_x = block + lane * 0
         slot = block + m * 0
+        present = lane == 0
         live = m == 0
     else:
         begin = gl.load(ends + expert - 1, mask=expert > 0, other=0)
@@ -235,11 +243,12 @@ def experts_kernel(
         end = gl.load(ends + expert)
         row_of_x = gl.load(order + gl.minimum(begin + lane, end - 1))
         slot = gl.load(order + gl.minimum(begin + m, end - 1))
+        present = begin + lane < end
         live = begin + m < end
     x_rows = (row_of_x // slots_of_x).to(gl.int64) * stride_xm
     weight = (words + expert * N * (K // 8), scale + expert * N * (K // 32))
     rows = (row, N // 16 - row)
-    acc = stream_product(x, x_rows, weight, rows, K, SPLIT, ACROSS, ROWS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS)
+    acc = stream_product(x, x_rows, present, weight, rows, K, SPLIT, ACROSS, ROWS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS)
     acc = activate(acc * factor, ACTIVATION)
     if weights is not None:
         acc = acc * gl.load(weights + slot).to(gl.float32)[None, :]

@@ -19,9 +19,11 @@ next pair. No permutation of bytes is needed.
 
 ``fragments`` orders a weight as the tensor core takes it. A *unit* is 16 rows by 64 columns: 512 bytes of codes and 64
 block scales, each contiguous, the units of 16 rows one after the other along K. In a unit, lane ``4 g + t`` of a warp
-owns the block ``t`` (16 columns) of the rows ``g`` and ``g + 8``: 16 bytes of codes, which are four words (row g, then
-row g + 8, two words each), and two scales. The lower half of a word holds its even k, the upper half the odd ones, each
-in 16 bits so that most come out by one shift and one mask (s sign, e exponent, m mantissa; the digit is k // 2):
+owns the columns 2t and 2t + 1 of every eight, in the rows ``g`` and ``g + 8``: what it multiplies, with x as it is. Its
+16 bytes of codes are four words (row g, then row g + 8, two words each); the word of the left 32 columns comes first,
+and its four pairs are those of the columns 2t, 2t + 8, 2t + 16, 2t + 24. Of the scales it has two: block ``t`` of each
+row. The lower half of a word holds the even columns, the upper half the odd ones, each in 16 bits so that most come out
+by one shift and one mask (s sign, e exponent, m mantissa; the digit is the pair):
 
 ====  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===
 bit   15   14   13   12   11   10   9    8    7    6    5    4    3    2    1    0
@@ -189,14 +191,14 @@ def _repack_(
 
 def _codes_from_units(codes: torch.Tensor) -> torch.Tensor:
     low, high = _in_units(codes, 32, "to_plain").unflatten(-1, (2, 2, 2, 2)).unbind(-1)
-    # ..., rows / 16, K / 64, g, t, half of the rows, word, parity of k, and then k // 2
+    # ..., rows / 16, K / 64, g, t, half of the rows, word, parity of the column, and then its pair in the word
     even, odd = torch.stack(_codes_of_half(low, high), -1).unbind(-2)
-    return _moved(even | (odd << 4), (0, 4, 2, 1, 3, 5, 6)).reshape(codes.shape)
+    return _moved(even | (odd << 4), (0, 4, 2, 1, 5, 6, 3)).reshape(codes.shape)
 
 
 def _units_from_codes(codes: torch.Tensor) -> torch.Tensor:
-    rows = _in_rows(codes, 32, "from_plain").unflatten(-1, (4, 2, 4))  # ..., rows / 16, half, g, K / 64, t, word, pair
-    pairs = _moved(rows, (0, 3, 2, 4, 1, 5, 6))
+    rows = _in_rows(codes, 32, "from_plain").unflatten(-1, (2, 4, 4))  # ..., rows / 16, half, g, K / 64, word, pair, t
+    pairs = _moved(rows, (0, 3, 2, 6, 1, 4, 5))
     halves = torch.stack((pairs & 0x0F, pairs >> 4), -2)
     return torch.stack(_half_of_codes(*halves.unbind(-1)), -1).reshape(codes.shape)
 

@@ -26,10 +26,10 @@ def memory_layout(split, across, width):
 
 @gluon.constexpr_function
 def tokens_layout(split, across, block_m):
-    """x ``[split, block_m, 64]``: lane ``4 g + t`` holds block t of rows g, g + 8, ...: what its product takes."""
-    columns = [[0, 0, 1 << bit] for bit in range(4)]
+    """x ``[split, block_m, 64]``: lane ``4 g + t`` has columns 2t and 2t + 1 of every eight of rows g, g + 8, ..."""
+    columns = [[0, 0, 1 << bit] for bit in (0, 3, 4, 5)]
     rows = [[0, 8 << bit, 0] for bit in range((block_m // 8).bit_length() - 1)]
-    lanes = [[0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    lanes = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     warps = [[0, 0, 0]] * (across.bit_length() - 1) + [[1 << bit, 0, 0] for bit in range(split.bit_length() - 1)]
     return gl.DistributedLinearLayout(columns + rows, lanes, warps, [], [split, block_m, 64])
 
@@ -113,23 +113,26 @@ def load_tokens(x, x_rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: g
 
 
 @gluon.jit
-def copy_tokens(slot, x, x_rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
-    """The same on its way into a slot of shared memory. Past the last step there is nothing to copy."""
+def copy_tokens(slot, x, x_rows, live, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
+    """The same on its way into a slot of shared memory, of ``live`` rows. Past the last step there is nothing to copy.
+
+    What is not copied becomes zero.
+    """
     if step * SPLIT < K // 64:
         where, k = source(x, x_rows, step, SPLIT, source_layout(SPLIT, ACROSS, slot.shape[1], 1))
         if K // 64 % SPLIT == 0:
-            copy_async(slot, where)
+            copy_async(slot, where, mask=live[None, :, None] & (k >= 0))
         else:
-            copy_async(slot, where, mask=k < K)
+            copy_async(slot, where, mask=live[None, :, None] & (k < K))
     async_copy.commit_group()
 
 
 @gluon.jit
-def next_tokens(x, x_rows, step, place, slots, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
+def next_tokens(x, x_rows, live, step, place, slots, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
     """A step's columns of x out of its slot, the last but one to be copied; the last goes on its way."""
     SLOTS: gl.constexpr = len(slots)
     # Behind the wait stands a barrier: every warp's copies are there, and every warp has read the step before.
     async_copy.wait_group(SLOTS - 2)
     tokens = slots[place % SLOTS].load(tokens_layout(SPLIT, ACROSS, slots[0].shape[1]))
-    copy_tokens(slots[(place + SLOTS - 1) % SLOTS], x, x_rows, step + SLOTS - 1, K, SPLIT, ACROSS)
+    copy_tokens(slots[(place + SLOTS - 1) % SLOTS], x, x_rows, live, step + SLOTS - 1, K, SPLIT, ACROSS)
     return tokens

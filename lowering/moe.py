@@ -19,6 +19,7 @@ import triton.language as tl
 from . import few_rows, many_rows
 from .arch import Arch, FewRows, ManyRows, Tile, rows_of_expert, target
 from .decode import natural_position, to_dot_order
+from .layout import FRAGMENTS
 from .operands import Schedule, Weight, launch_for, rows_of
 from .reference import NO_ACTIVATION, expert_of_row
 from .schedule import schedule
@@ -152,7 +153,16 @@ def gathered_linear(
     elif isinstance(launch, ManyRows):
         many_rows.gathered(plan, rows, weight, out, launch)
     else:
-        _product(plan, launch, _rows_for(plan, rows, 1, asm), weight, None, Rows(out), NO_ACTIVATION, asm)
+        _product(
+            plan,
+            launch,
+            _rows_for(plan, rows, 1, _has_dot_order(rows, weight, asm)),
+            weight,
+            None,
+            Rows(out),
+            NO_ACTIVATION,
+            asm,
+        )
     return out
 
 
@@ -235,9 +245,9 @@ def _experts_of(
         many_rows.experts(plan, x, choices, up, down, routing, slots, activation, launch)
     else:
         # The first product leaves its columns in the dot order, where the second one reads them side by side.
-        ordered = asm and x.dtype != torch.float32
+        ordered = _has_dot_order(x, up, asm)
         rows = Rows(x.new_empty((flat.shape[0], inner + (-inner % 64 if ordered else 0))), ordered)
-        _product(plan, launch, _rows_for(plan, x, choices, asm), up, None, rows, activation, asm)
+        _product(plan, launch, _rows_for(plan, x, choices, ordered), up, None, rows, activation, asm)
         _product(plan, launch, rows, down, routing, Rows(slots), NO_ACTIVATION, asm)
     block = 512
     sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
@@ -254,9 +264,13 @@ def _experts_of(
     )
 
 
-def _rows_for(plan: Schedule, x: torch.Tensor, slots: int, asm: bool) -> Rows:
-    """x as a product's input; put into the dot order unless its rows are few or their form has no use for it."""
-    if plan.order is None or not asm or x.dtype == torch.float32:
+def _has_dot_order(x: torch.Tensor, weight: Weight, asm: bool) -> bool:
+    return asm and x.dtype != torch.float32 and weight.layout != FRAGMENTS
+
+
+def _rows_for(plan: Schedule, x: torch.Tensor, slots: int, ordered: bool) -> Rows:
+    """x as a product's input; put into the dot order unless its rows are few or the product has no use for it."""
+    if plan.order is None or not ordered:
         return Rows(x, slots=slots)
     return Rows(to_dot_order(x), in_dot_order=True, slots=slots)
 

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201  (kernels: Triton types the parameters; tuples are shared out by place)
+# ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
 
 """Which tiles of a product, and which steps of K in them, a program that stays works on.
 
@@ -18,18 +18,26 @@ TOGETHER = gl.constexpr(4)
 
 
 @gluon.jit
-def locate(it, share, UNITS: gl.constexpr):
+def locate(it, share, STEPS: gl.constexpr):
     """The tile and the step of K that a program's step ``it`` belongs to. ``share``: see ``shares``."""
     begin, count, shared, me = share
     together = it < count
     own = gl.maximum(it - count, 0)
-    tile = gl.where(together, (begin + it) // UNITS, shared + own // UNITS * gl.num_programs(0) + me)
-    return tile, gl.where(together, (begin + it) % UNITS, own % UNITS)
+    tile = gl.where(together, (begin + it) // STEPS, shared + own // STEPS * gl.num_programs(0) + me)
+    return tile, gl.where(together, (begin + it) % STEPS, own % STEPS)
 
 
 @gluon.jit
-def shares(tiles, UNITS: gl.constexpr):
-    """How this program's part of the work is made up, and the number of its steps.
+def stretch(it, share, STEPS: gl.constexpr):
+    """(tile, first step, end) of the steps of one tile that follow a program's step ``it``."""
+    begin, count, shared, me = share
+    tile, first = locate(it, share, STEPS)
+    return tile, first, gl.where(it < count, gl.minimum(STEPS, first + count - it), STEPS)
+
+
+@gluon.jit
+def shares(tiles, STEPS: gl.constexpr):
+    """How this program's part of the work is made up, the number of its steps, and how long a shared range is.
 
     The first ``shared`` tiles are cut into equal ranges of steps, this program's being ``count`` from ``begin`` on; the
     others are handed round whole.
@@ -40,17 +48,20 @@ def shares(tiles, UNITS: gl.constexpr):
     full = tiles * 16 >= gl.cdiv(tiles, programs) * programs * 15
     shared = gl.where(full, 0, gl.where(tiles < programs, tiles, rest + programs))
     me = programs - 1 - gl.program_id(0)
-    share = gl.cdiv(shared * UNITS, programs)
-    begin = gl.minimum(me * share, shared * UNITS)
-    count = gl.minimum(begin + share, shared * UNITS) - begin
+    share = gl.cdiv(shared * STEPS, programs)
+    begin = gl.minimum(me * share, shared * STEPS)
+    end = gl.minimum(begin + share, shared * STEPS)
+    # Where it costs but an eighth more, no program works on two tiles.
+    apart = gl.maximum(programs // gl.maximum(tiles, 1), 1)
+    even = gl.cdiv(STEPS, apart)
+    if (shared == tiles) & (tiles <= programs) & (even * 8 <= share * 9):
+        share = even
+        tile = me // apart
+        begin = tile * STEPS + gl.minimum(me % apart * share, STEPS)
+        end = gl.where(tile < tiles, tile * STEPS + gl.minimum(me % apart * share + share, STEPS), begin)
+    count = end - begin
     own = gl.cdiv(gl.maximum(tiles - shared - me, 0), programs)
-    return (begin, count, shared, me), count + own * UNITS, share
-
-
-@gluon.jit
-def owner_of(tile, each, UNITS: gl.constexpr):
-    """Which program begins a tile that several share. ``each``: steps of a program, the last number of ``shares``."""
-    return tile * UNITS // each
+    return (begin, count, shared, me), count + own * STEPS, share
 
 
 @gluon.jit

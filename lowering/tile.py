@@ -48,8 +48,11 @@ def product_tile(
     for step in range(STEPS):
         begin = (part * STEPS + step) * BLOCK_K
         position = begin + tl.arange(0, BLOCK_K)
-        k = natural_position(position) if ASM else position
+        k = natural_position(position) if ASM and LAYOUT != "fragments" else position
         word = begin // 8 + tl.arange(0, BLOCK_K // 8)
+        if LAYOUT == "fragments" and BLOCK_K == 32:
+            # Half a unit, which is every other of its words.
+            word = begin // 64 * 8 + begin // 32 % 2 + 2 * tl.arange(0, 4)
         group = begin // 16 + tl.arange(0, BLOCK_K // 16)
         word_tile = tl.load(
             words + word_offset(row, word[None, :], K, LAYOUT), mask=in_n & (word < K // 8)[None, :], other=0

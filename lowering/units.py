@@ -11,44 +11,54 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .decode import fragments_assembly, scale_pair_assembly
+from .decode import fragments_assembly, scales_of_lanes_assembly
 
 # Of a unit: codes as 32-bit words, scales as pairs of bytes (a lane's two rows).
 UNIT_WORDS, UNIT_SCALES = gl.constexpr(128), gl.constexpr(32)
+UNIT_COLUMNS, UNIT_BYTES = gl.constexpr(64), gl.constexpr(576)
 
 
 @gluon.jit
 def decode_units(words, scale, held, DTYPE: gl.constexpr):
     """words int32 ``[W, R, 128]``, scale int16 ``[W, R, 32]`` as memory has them -> ``DTYPE``, times 1 / undo_factor.
 
-    The result is ``[W, R, 2, 8, 4, 2, 2, 2, 2]``: rows of a unit in two dimensions, its columns in five. ``held`` is a
+    The result is ``[W, R, 2, 8, 2, 2, 2, 4, 2]``: rows of a unit in two dimensions, its columns in five. ``held`` is a
     zero that the result waits for.
     """
     WARPS: gl.constexpr = words.shape[0]
     ROWS: gl.constexpr = words.shape[1]
     HALF: gl.constexpr = DTYPE == gl.float16
-    SCALE_ASSEMBLY: gl.constexpr = scale_pair_assembly(HALF)
-    CODES_ASSEMBLY: gl.constexpr = fragments_assembly(HALF)
-    # Lane (g, t) owns block t of the rows g and g + 8 (half h): two words (q) and one scale for each.
-    word = words.reshape([WARPS, ROWS, 8, 4, 2, 2]).permute([0, 1, 4, 2, 3, 5])  # W, R, h, g, t, q
+    SCALES_ASSEMBLY: gl.constexpr = scales_of_lanes_assembly(HALF)
+    CODES_ASSEMBLY: gl.constexpr = fragments_assembly(HALF, 2)
+    # Lane (g, t) owns two words (q) of the rows g and g + 8, and the scales of block t of both.
+    word = words.reshape([WARPS, ROWS, 8, 4, 2, 2]).permute([0, 1, 2, 3, 5, 4])
+    upper, lower = gl.split(word)  # W, R, g, t, q
     pair = (scale.to(gl.int32) | held).reshape([WARPS, ROWS, 8, 4])
-    low, high = gl.inline_asm_elementwise(
-        SCALE_ASSEMBLY, "=r,=r,r", [pair], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    a0, a1, a2, a3 = gl.inline_asm_elementwise(
+        SCALES_ASSEMBLY, "=r,=r,=r,=r,r", [pair], dtype=(gl.int32,) * 4, is_pure=True, pack=1
     )
-    factor = gl.join(low, high).permute([0, 1, 4, 2, 3])  # W, R, h, g, t
-    factor = gl.convert_layout(gl.join(factor, factor), word.type.layout, assert_trivial=True)
-    p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
+    left = gl.convert_layout(gl.join(a0, a2), upper.type.layout, assert_trivial=True)
+    right = gl.convert_layout(gl.join(a1, a3), upper.type.layout, assert_trivial=True)
+    p0, p1, p2, p3, p4, p5, p6, p7, q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(
         CODES_ASSEMBLY,
-        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-        [word, factor],
-        dtype=(gl.int16,) * 8,
+        "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
+        [upper, lower, left, right],
+        dtype=(gl.int16,) * 16,
         is_pure=True,
         pack=1,
     )
+    above = side_by_side(p0, p1, p2, p3, p4, p5, p6, p7)
+    below = side_by_side(q0, q1, q2, q3, q4, q5, q6, q7)
+    # W, R, g, t, q, s, h, j, half of the rows
+    return gl.join(above, below).permute([0, 1, 8, 2, 4, 5, 6, 3, 7]).to(DTYPE, bitcast=True)
+
+
+@gluon.jit
+def side_by_side(p0, p1, p2, p3, p4, p5, p6, p7):
+    """Three dimensions more, of two each."""
     even = gl.join(gl.join(p0, p4), gl.join(p2, p6))
     odd = gl.join(gl.join(p1, p5), gl.join(p3, p7))
-    # W, R, h, g, t, q, k bit 2, k bit 1, k bit 0
-    return gl.join(even, odd).to(DTYPE, bitcast=True)
+    return gl.join(even, odd)
 
 
 @gluon.jit

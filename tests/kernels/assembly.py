@@ -23,7 +23,11 @@ class Machine:
             operation, _, operands = statement.partition(" ")
             if operation == ".reg":
                 continue
-            pair = re.match(r"\{(\S+), (\S+)\}, (\w+)$", operands)
+            halves = re.match(r"(\w+), \{(\S+), (\S+)\}$", operands)
+            if halves:
+                self.registers[halves[1]] = self.read(halves[2]) | self.read(halves[3]) << 16
+                continue
+            pair = re.match(r"\{(\S+), (\S+)\}, (\S+)$", operands)
             if pair:
                 value = self.read(pair[3])
                 self.registers |= {pair[1]: value & 0xFFFF, pair[2]: value >> 16}
@@ -41,6 +45,10 @@ class Machine:
             first, second, selector = values
             source = [(first >> 8 * i) & 0xFF for i in range(4)] + [(second >> 8 * i) & 0xFF for i in range(4)]
             return sum(source[(selector >> 4 * i) & 7] << 8 * i for i in range(4))
+        if operation == "shfl.sync.idx.b32":
+            value, lane, clamp, members = values
+            assert (clamp, members) == (0x1C1F, WORD), "all lanes, four by four"
+            return value.view(-1, 4)[:, lane].repeat_interleave(4)
         table = {
             "mov.b32": lambda a: a,
             "and.b32": lambda a, b: a & b,

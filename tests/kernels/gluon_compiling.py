@@ -58,7 +58,7 @@ def compile_linear(
     if isinstance(launch, FewRows):
         constants = {"K": k, "EARLY": launch.early, "ACTIVATION": activation}
         return compile_gluon(few_rows.linear_kernel, types | _few_operands(dtype), constants, arch, launch)
-    constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": activation, "DOT_ORDER": False}
+    constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": activation}
     return compile_gluon(many_rows.product_kernel, types | _many_operands(dtype, launch), constants, arch, launch)
 
 
@@ -67,7 +67,7 @@ def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, 
     """A product of experts by a schedule: ``up`` (relu2), ``down`` (routing weights), ``direct`` (a slot a block)."""
     down = product == "down"
     constants = {"K": INNER if down else HIDDEN, "ACTIVATION": "relu2" if product == "up" else "none"}
-    constants |= {"global_stride": 1, "DOT_ORDER": product == "up"}
+    constants["global_stride"] = 1
     types = {"out": "*fp32" if down else POINTER[dtype], "global_scale": "*fp32", "N": "i32", "EXPERTS": "i32"}
     if down:
         types["weights"] = "*fp32"
@@ -84,14 +84,11 @@ def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, 
 
 
 @cache
-def compile_gather(arch: Arch, *, by_expert: bool) -> Any:
-    """Rows in the dot order, gathered by expert or as they are."""
-    kernel = gather.dot_order_kernel
-    types = {"x": "*bf16", "out": "*bf16", "counters": "*i32", "M": "i32", "COUNTERS": "i32", "stride_xm": "i32"}
-    if by_expert:
-        types |= {"order": "*i32", "count": "*i32", "choices": "i32"}
-    constants = {"K": HIDDEN, "ROWS": 8, "BLOCK": 512, "EARLY": not by_expert, "choices": 1}
-    return compile_kernel(kernel, types, constants, arch, Tile(8, 0, 512, warps=8, stages=1))
+def compile_gather(arch: Arch) -> Any:
+    """Rows gathered by expert."""
+    types = {"x": "*bf16", "out": "*bf16", "order": "*i32", "count": "*i32", "choices": "i32", "stride_xm": "i32"}
+    constants = {"K": HIDDEN, "ROWS": 8, "BLOCK": 512}
+    return compile_kernel(gather.rows_kernel, types, constants, arch, Tile(8, 0, 512, warps=8, stages=1))
 
 
 @cache
@@ -118,13 +115,13 @@ def _few_operands(dtype: torch.dtype) -> dict[str, str]:
 
 
 def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
-    units = many_rows.UNITS_OF_TILE.value
+    units = launch.block_n // 16
     return {
         "x_desc": _descriptor(POINTER[dtype][1:], launch.block_m, 64, many_rows._swizzled()),
-        "codes_desc": _descriptor("i32", units, 128, many_rows._straight(32)),
-        "scale_desc": _descriptor("i16", units, 32, many_rows._straight(16)),
+        "codes_desc": _descriptor("i32", units, 128 * launch.deep, many_rows._straight(32)),
+        "scale_desc": _descriptor("i16", units, 32 * launch.deep, many_rows._straight(16)),
         "parts": "*fp32",
-        "counters": "*i32",
+        "flags": "*i64",
     }
 
 

@@ -123,7 +123,7 @@ def test_the_decoder_is_exact_for_every_product(order, dtype, form):
     words = codes.view(torch.int32)
     decode_kernel[(16,)](words, scale, out, 256, order, asm, False)
     assert torch.equal(out.double() * decode.undo_factor(asm), expected)
-    if asm:
+    if asm and order != layout.FRAGMENTS:
         decode_kernel[(16,)](words, scale, out, 256, order, asm, True)
         assert torch.equal(out.double() * decode.undo_factor(asm), expected[:, dot_order(256)])
 

@@ -7,5 +7,5 @@ pytest.importorskip("triton")
 from . import interpreting
 
 
-def test_rows_in_dot_order_in_the_interpreter():
+def test_rows_by_expert_in_the_interpreter():
     interpreting.run("interpreted_gather")

@@ -111,8 +111,8 @@ def test_all_finite_products_come_out_of_linear(n, k, dtype):
     assert torch.equal(result.double(), expected.repeat(5, 1)[:1030])
 
 
-# With two experts: directly; then about 8, 12, 32, 48, 100 and 300 rows an expert.
-SLOTS_AT_ONCE = (1, 2, 16, 24, 64, 96, 200, 600)
+# With two experts: directly; then about 8, 12, 14, 32, 48, 100 and 300 rows an expert.
+SLOTS_AT_ONCE = (1, 2, 16, 24, 28, 64, 96, 200, 600)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

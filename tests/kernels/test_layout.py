@@ -67,9 +67,10 @@ def test_fragments_hold_the_documented_codes_and_scales():
             row, block = 16 * rows + 8 * half + lane // 4, 4 * columns + lane % 4
             assert scales[expert, rows, columns, lane, half] == scale[expert, row, block]
             for part in range(2):
-                codes = nibbles[expert, row, 16 * block + 8 * part :][:8].tolist()
+                first = 64 * columns + 32 * part + 2 * (lane % 4)
+                even, odd = (nibbles[expert, row, first + parity :: 8][:4].tolist() for parity in range(2))
                 word = words[expert, rows, columns, lane, 2 * half + part].item() & 0xFFFFFFFF
-                assert word == half_of(codes[::2]) | half_of(codes[1::2]) << 16
+                assert word == half_of(even) | half_of(odd) << 16
 
 
 def test_one_mask_and_one_shift_give_a_pair_of_bf16():

@@ -1,0 +1,74 @@
+# ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
+
+"""The loader of many_rows.py: one warp that has the copy engine fill the ring of stages in shared memory."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from .sharing import place, rows_of_block, stretch
+from .units import UNIT_BYTES, UNIT_COLUMNS, UNIT_WORDS, wait_for_last
+
+# Its names in Triton 3.6 and 3.9.
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def where_from(tile, tiles, plan, N, BM: gl.constexpr, UNITS_OF_TILE: gl.constexpr):
+    """(first row of x, first row of units of the weight) of a tile."""
+    m, n = place(tile, tiles, plan)
+    row = m * BM
+    unit = n * UNITS_OF_TILE
+    if plan[0] is not None:
+        expert, row, end = rows_of_block(m, plan, BM)
+        unit += expert * (N // 16)
+    return row, unit
+
+
+@gluon.jit
+def load_weight(codes_desc, scale_desc, ring, stage, unit, k):
+    """Codes and scales of a step. Its stage is full when x has come, too."""
+    tokens, codes, scales, full, empty = ring
+    WORDS: gl.constexpr = codes.shape[2]
+    SCALES: gl.constexpr = scales.shape[2]
+    DEEP: gl.constexpr = WORDS // UNIT_WORDS
+    mbarrier.expect(full.index(stage), DEEP * (tokens.shape[1] * UNIT_COLUMNS * 2 + codes.shape[1] * UNIT_BYTES))
+    copy_in(codes_desc, [unit, k * WORDS], full.index(stage), codes.index(stage))
+    copy_in(scale_desc, [unit, k * SCALES], full.index(stage), scales.index(stage))
+
+
+@gluon.jit
+def load(x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STEPS: gl.constexpr):
+    """The loader. The first weights are on their way before the kernel that writes x has ended.
+
+    Where a tile lies takes divisions, so that is worked out once for all its steps. What lies past the end of K comes
+    as zeros.
+    """
+    tokens, codes, scales, full, empty = ring
+    STAGES: gl.constexpr = codes.shape[0]
+    DEEP: gl.constexpr = tokens.shape[0] // STAGES
+    BM: gl.constexpr = tokens.shape[1]
+    early = 0
+    if total > 0:
+        tile, first, last = stretch(0, share, STEPS)
+        row, unit = where_from(tile, tiles, plan, N, BM, codes.shape[1])
+        early = gl.minimum(last - first, STAGES)
+        for it in range(early):
+            load_weight(codes_desc, scale_desc, ring, it, unit, first + it)
+    wait_for_last()
+    it = 0
+    while it < total:
+        tile, first, last = stretch(it, share, STEPS)
+        row, unit = where_from(tile, tiles, plan, N, BM, codes.shape[1])
+        for k in range(first, last):
+            stage = it % STAGES
+            if it >= early:
+                # Of a stage that nothing was in yet, this is over at once.
+                mbarrier.wait(empty.index(stage), it // STAGES & 1 ^ 1)
+                load_weight(codes_desc, scale_desc, ring, stage, unit, k)
+            for half in gl.static_range(DEEP):
+                column = (k * DEEP + half) * UNIT_COLUMNS
+                copy_in(x_desc, [row, column], full.index(stage), tokens.index(stage * DEEP + half))
+            it += 1
