@@ -1,0 +1,74 @@
+"""How programs of many_rows.py share out the work, as plain Python: nothing is left out, done twice or waited for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fp4pass.lowering import sharing
+
+MULTIPROCESSORS = 132
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """(tiles, steps, programs) -> for each program its stretches [(tile, first step, end)], and a range's length."""
+    here = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b), minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b
+    )
+    monkeypatch.setattr(sharing, "gl", here)
+    monkeypatch.setattr(sharing, "locate", sharing.locate.fn)
+
+    def of_program(program, tiles, steps, programs):
+        here.num_programs, here.program_id = (lambda axis: programs), (lambda axis: program)
+        share, total, each = sharing.shares.fn(tiles, steps)
+        found, it = [], 0
+        while it < total:
+            found.append(sharing.stretch.fn(it, share, steps))
+            it += found[-1][2] - found[-1][1]
+        assert it == total
+        return share[3], found, each
+
+    def of_all(tiles, steps, programs):
+        everything = sorted(of_program(program, tiles, steps, programs) for program in range(programs))
+        assert [number for number, _, _ in everything] == list(range(programs))
+        return [found for _, found, _ in everything], everything[0][2]
+
+    return of_all
+
+
+def numbers_of_tiles(programs):
+    """Fewer than there are programs, as many, some more, whole rounds, and far more."""
+    some = {0, 1, 2, 3, 21, 42, 81, 97, 145, *(programs * n // 4 + d for n in range(1, 14) for d in (-1, 0, 1))}
+    return sorted(number for number in some if number >= 0)
+
+
+@pytest.mark.parametrize("programs", (1, 5, MULTIPROCESSORS, 2 * MULTIPROCESSORS))
+@pytest.mark.parametrize("steps", (1, 2, 15, 21, 64))
+def test_every_step_is_done_once_and_those_who_share_a_tile_find_each_other(pieces, steps, programs):
+    for tiles in numbers_of_tiles(programs):
+        work, each = pieces(tiles, steps, programs)
+        of_tile = {tile: [] for tile in range(tiles)}
+        for number, found in enumerate(work):
+            assert sum(first > 0 for _, first, _ in found) <= 1, "a program has one place to leave sums in"
+            assert sum(first == 0 and last < steps for _, first, last in found) <= 1
+            for tile, first, last in found:
+                of_tile[tile].append((first, last, number))
+        for shared in map(sorted, of_tile.values()):
+            assert [first for first, _, _ in shared] + [steps] == [0] + [last for _, last, _ in shared]
+            # Who begins a tile collects from the programs behind it, which started before; see epilogue.py.
+            (_, last, owner), *others = shared
+            expected = -(-(steps - last) // each) if last < steps else 0
+            assert [number for _, _, number in others] == list(range(owner + 1, owner + 1 + expected))
+
+
+@pytest.mark.parametrize("tiles", (21, 42, 81, MULTIPROCESSORS))
+def test_where_tiles_are_few_no_program_works_on_two(pieces, tiles):
+    work, _ = pieces(tiles, 64, MULTIPROCESSORS)
+    if tiles != 81:  # Two thirds of the programs would have twice the others' steps.
+        assert all(len(found) <= 1 for found in work)
+    most = max(sum(last - first for _, first, last in found) for found in work)
+    assert most * 8 <= -(-tiles * 64 // MULTIPROCESSORS) * 9
