@@ -106,12 +106,13 @@ def fragments_assembly(half, words):
         for pair in range(4):
             if pair == 0:
                 lines.append(f"and.b32 t, {codes}, {where};")
-            elif pair < 3:
-                lines.append(f"mul.lo.u32 t, {codes}, {8**pair}; and.b32 t, t, {where};")
+            elif pair == 1:
+                lines.append(f"mul.lo.u32 t, {codes}, 64; and.b32 t, t, {where};")
+            elif pair == 2:
+                lines.append(f"shf.l.wrap.b32 t, {codes}, {codes}, 12; and.b32 t, t, {where};")
             else:
-                lines.append(f"mul.lo.u32 t, {codes}, 2; and.b32 t, t, 0x80008000;")
-                lines.append(f"shr.u32 u, {codes}, 5; and.b32 u, u, 0x01000100; or.b32 t, t, u;")
-                lines.append(f"shr.u32 u, {codes}, 4; and.b32 u, u, 0x00C000C0; or.b32 t, t, u;")
+                lines.append(f"mul.lo.u32 t, {codes}, 4; and.b32 t, t, 0x80C080C0;")
+                lines.append(f"shr.u32 u, {codes}, 6; and.b32 u, u, 0x01000100; or.b32 t, t, u;")
             if half:
                 lines.append("and.b32 u, t, 0x01C001C0; shl.b32 u, u, 3; and.b32 t, t, 0x80008000; or.b32 t, t, u;")
             factor = f"${9 * words + pair // 2}"
@@ -198,12 +199,14 @@ def _decode_plainly(words, scale, LAYOUT: tl.constexpr):
     GROUPS: tl.constexpr = scale.shape[1]
     k = tl.arange(0, 8)
     if LAYOUT == "fragments":
-        half = words[:, :, None] >> (16 * (k % 2))[None, None, :]
+        odd = (k % 2)[None, None, :]
         pair = (k // 2)[None, None, :]
-        sign = tl.where(pair == 3, 14, 15 - 3 * pair)
-        aligned = half >> tl.where(pair == 3, 0, 6 - 3 * pair)
-        scattered = (half >> 11) & 4 | (half >> 10) & 3
-        nibbles = (half >> sign) << 3 & 8 | tl.where(pair == 3, scattered, aligned & 7)
+        half = words[:, :, None] >> 16 * odd
+        other = words[:, :, None] >> 16 * (1 - odd)
+        sign = half >> tl.where(pair == 3, 13, 15 - 6 * pair)
+        field = tl.where(pair == 2, other >> 10, half >> tl.where(pair == 0, 6, 0))
+        scattered = (half >> 12) & 4 | (half >> 4) & 3
+        nibbles = sign << 3 & 8 | tl.where(pair == 3, scattered, field & 7)
     else:
         if LAYOUT == "interleaved":
             slots = 3 - k // 2 + 4 * (k % 2)

@@ -22,13 +22,14 @@ block scales, each contiguous, the units of 16 rows one after the other along K.
 owns the columns 2t and 2t + 1 of every eight, in the rows ``g`` and ``g + 8``: what it multiplies, with x as it is. Its
 16 bytes of codes are four words (row g, then row g + 8, two words each); the word of the left 32 columns comes first,
 and its four pairs are those of the columns 2t, 2t + 8, 2t + 16, 2t + 24. Of the scales it has two: block ``t`` of each
-row. The lower half of a word holds the even columns, the upper half the odd ones, each in 16 bits so that most come out
-by one shift and one mask (s sign, e exponent, m mantissa; the digit is the pair):
+row. The lower half of a word is for the even columns, the upper half for the odd ones, in bits of which most come out
+by one shift and one mask (s sign, e exponent, m mantissa; the digit is the pair; e2 and m2 are in the *other* half, so
+that a rotation brings them):
 
 ====  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===
 bit   15   14   13   12   11   10   9    8    7    6    5    4    3    2    1    0
 ====  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===
-      s0   s3   e3   s1   e3   m3   s2   e0   e0   m0   e1   e1   m1   e2   e2   m2
+      s0   e3   s3   e2   e2   m2   s1   e0   e0   m0   e3   m3   s2   e1   e1   m1
 ====  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===  ===
 """
 
@@ -190,36 +191,37 @@ def _repack_(
 
 
 def _codes_from_units(codes: torch.Tensor) -> torch.Tensor:
-    low, high = _in_units(codes, 32, "to_plain").unflatten(-1, (2, 2, 2, 2)).unbind(-1)
-    # ..., rows / 16, K / 64, g, t, half of the rows, word, parity of the column, and then its pair in the word
-    even, odd = torch.stack(_codes_of_half(low, high), -1).unbind(-2)
-    return _moved(even | (odd << 4), (0, 4, 2, 1, 5, 6, 3)).reshape(codes.shape)
+    # ..., rows / 16, K / 64, g, t, half of the rows, word
+    byte0, byte1, byte2, byte3 = _in_units(codes, 32, "to_plain").unflatten(-1, (2, 2, 4)).unbind(-1)
+    even = torch.stack(_codes_of_half(byte0, byte1, byte3), -1)
+    odd = torch.stack(_codes_of_half(byte2, byte3, byte1), -1)
+    return _moved(even | _low_to_high(odd), (0, 4, 2, 1, 5, 6, 3)).reshape(codes.shape)
 
 
 def _units_from_codes(codes: torch.Tensor) -> torch.Tensor:
     rows = _in_rows(codes, 32, "from_plain").unflatten(-1, (2, 4, 4))  # ..., rows / 16, half, g, K / 64, word, pair, t
     pairs = _moved(rows, (0, 3, 2, 6, 1, 4, 5))
-    halves = torch.stack((pairs & 0x0F, pairs >> 4), -2)
-    return torch.stack(_half_of_codes(*halves.unbind(-1)), -1).reshape(codes.shape)
+    even, odd = (pairs & 0x0F).unbind(-1), (pairs >> 4).unbind(-1)
+    halves = (*_half_of_codes(even, odd[2]), *_half_of_codes(odd, even[2]))
+    return torch.stack(halves, -1).reshape(codes.shape)
 
 
-def _codes_of_half(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The four codes in the 16 bits ``high, low``: see the table above."""
+def _codes_of_half(low: torch.Tensor, high: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The four codes of the 16 bits ``high, low`` and the upper 8 of the other half: see the table above."""
     return (
         ((high >> 4) & 8) | ((high & 1) << 2) | (low >> 6),
-        ((high >> 1) & 8) | ((low >> 3) & 7),
         ((high & 2) << 2) | (low & 7),
-        ((high >> 3) & 12) | ((high >> 2) & 3),
+        (low & 8) | ((other >> 2) & 7),
+        ((high >> 2) & 8) | ((high >> 4) & 4) | ((low >> 4) & 3),
     )
 
 
-def _half_of_codes(
-    c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact inverse of ``_codes_of_half``, as (low byte, high byte)."""
-    low = ((c0 & 3) << 6) | ((c1 & 7) << 3) | (c2 & 7)
-    high = ((c0 & 8) << 4) | ((c0 & 4) >> 2) | ((c1 & 8) << 1) | ((c2 & 8) >> 2) | ((c3 & 12) << 3) | ((c3 & 3) << 2)
-    return low, high
+def _half_of_codes(codes: tuple[torch.Tensor, ...], other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact inverse of ``_codes_of_half``, as (low byte, high byte); ``other``: the other half's third code."""
+    c0, c1, c2, c3 = codes
+    low = ((c0 & 3) << 6) | ((c3 & 3) << 4) | (c2 & 8) | (c1 & 7)
+    signs = ((c0 & 8) << 4) | ((c3 & 8) << 2) | ((c1 & 8) >> 2)
+    return low, signs | ((c3 & 4) << 4) | ((other & 7) << 2) | ((c0 & 4) >> 2)
 
 
 def _in_units(tensor: torch.Tensor, width: int, what: str) -> torch.Tensor:

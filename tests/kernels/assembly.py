@@ -49,6 +49,9 @@ class Machine:
             value, lane, clamp, members = values
             assert (clamp, members) == (0x1C1F, WORD), "all lanes, four by four"
             return value.view(-1, 4)[:, lane].repeat_interleave(4)
+        if operation == "shf.l.wrap.b32":
+            low, high, by = values
+            return high << by | low >> (32 - by)
         table = {
             "mov.b32": lambda a: a,
             "and.b32": lambda a, b: a & b,

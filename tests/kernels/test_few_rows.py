@@ -16,8 +16,9 @@ from . import gluon_compiling as compiling
 HOPPER = arch.ARCHS[90]
 # Of slots that run by themselves.
 DIRECT = HOPPER.launch(0, torch.bfloat16, FRAGMENTS, columns=64, depth=64, experts=True)
-# Before Hopper a few addresses are put aside with much x: the most that Triton 3.6 and 3.9 leave, by rows of x.
-MOST_SPILLS = {("up", 16): 8, ("down", 32): 14}
+# A few addresses are put aside with long loops and, before Hopper, with much x: the most that Triton 3.6 and 3.9 leave,
+# by rows of x.
+MOST_SPILLS = {("dense", 8): 4, ("up", 16): 8, ("down", 32): 14}
 # A unit's codes are one load of 16 bytes a lane, past the L1 cache, its scales one of two. Tokens come as pairs of
 # columns, or through shared memory.
 CODES, SCALES, TOKENS = "LDG.E.128.STRONG.GPU", "LDG.E.U16", "LDG.E "
@@ -110,11 +111,10 @@ def test_weight_is_on_its_way_before_the_first_product(launch, k):
 def test_decoding_and_multiplying_a_weight_takes_few_instructions(launch):
     """A lane takes eight weights into each product of the tensor core.
 
-    Per weight the whole kernel, beginning and end included, has 3.1 to 3.3 (Triton 3.9) or 3.3 to 3.55 (3.6).
+    Per weight the whole kernel, beginning and end included, has 3.1 to 3.3 (Triton 3.9) or 3.2 to 3.35 (3.6).
     """
     code = compiling.operations(compiled(HOPPER, launch, "dense"))
-    most = 3.4 if (launch.warps, launch.rows) == (4, 1) else 3.6
-    assert len(code) / (8 * len(compiling.places(code, "HMMA"))) < most
+    assert len(code) / (8 * len(compiling.places(code, "HMMA"))) < 3.4
 
 
 @EACH_DENSE

@@ -18,7 +18,7 @@ SLOTS = {
     layout.INTERLEAVED: [6, 4, 2, 0, 7, 5, 3, 1],
 }
 # Which bit of which code is in bits 15 to 0 of half a word; an exponent's high bit comes first.
-BITS_OF_FRAGMENTS = ("s0", "s3", "e3", "s1", "e3", "m3", "s2", "e0", "e0", "m0", "e1", "e1", "m1", "e2", "e2", "m2")
+BITS_OF_FRAGMENTS = ("s0", "e3", "s3", "e2", "e2", "m2", "s1", "e0", "e0", "m0", "e3", "m3", "s2", "e1", "e1", "m1")
 DTYPES_OF_SCALES = (torch.uint8, torch.float8_e4m3fn)
 
 lead = st.lists(st.integers(0, 3), max_size=2)
@@ -50,8 +50,9 @@ def test_slots_hold_the_documented_k(name):
     assert [(word >> 4 * slot) & 15 for slot in range(8)] == SLOTS[name]
 
 
-def half_of(codes):
-    """Four codes as the 16 bits that the table of ``fragments`` makes of them."""
+def half_of(codes, other):
+    """Four codes as the 16 bits that the table of ``fragments`` makes of them, with those of the ``other`` half."""
+    codes = [*codes[:2], codes[2] & 8 | other[2] & 7, codes[3]]
     bits = {f"{part}{i}": [(code >> shift) & 1 for shift in shifts] for i, code in enumerate(codes)
             for part, shifts in (("s", [3]), ("e", [2, 1]), ("m", [0]))}  # fmt: skip
     return sum(bits[name].pop(0) << bit for bit, name in zip(range(15, -1, -1), BITS_OF_FRAGMENTS, strict=True))
@@ -70,7 +71,7 @@ def test_fragments_hold_the_documented_codes_and_scales():
                 first = 64 * columns + 32 * part + 2 * (lane % 4)
                 even, odd = (nibbles[expert, row, first + parity :: 8][:4].tolist() for parity in range(2))
                 word = words[expert, rows, columns, lane, 2 * half + part].item() & 0xFFFFFFFF
-                assert word == half_of(even) | half_of(odd) << 16
+                assert word == half_of(even, odd) | half_of(odd, even) << 16
 
 
 def test_one_mask_and_one_shift_give_a_pair_of_bf16():
