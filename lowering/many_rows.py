@@ -244,8 +244,8 @@ def _product(
     programs: int,
 ) -> None:
     m, k = rows.shape
-    if rows.data_ptr() % 16 or rows.stride(0) % 8:
-        # The copy engine could not read them.
+    if rows.data_ptr() % 16 or rows.stride(0) % 8 or rows.stride(0) < k:
+        # The copy engine cannot read such rows; of rows that overlap, as expanded ones do, nobody says that it can.
         rows = rows.clone(memory_format=torch.contiguous_format)
     units, deep = launch.block_n // 16, launch.deep
     product_kernel[(programs,)](
