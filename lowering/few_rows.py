@@ -5,9 +5,9 @@
 Few rows are a matter of reading the weight, so nothing stands between memory and the product: a warp loads whole units
 of the layout ``fragments`` (16 rows by 64 columns, 512 bytes at once), decodes them in place and multiplies them as
 the left operand of ``mma.sync``. Of a program's warps some lie side by side along the weight's rows (ACROSS) and the
-others split K (SPLIT); the sums of those meet once, at the end. x is read as it is: in the order in which a unit is
-multiplied a lane's columns are neighbours. With many rows of x and several warps across it goes through shared memory,
-once for all of them (SLOTS steps of it); else each warp reads what it needs.
+others split K (SPLIT); the sums of those meet once, at the end. x is read as it is: of one row each warp reads what it
+needs, a pair of columns a lane at a time; more rows go through shared memory, once for all warps across (SLOTS steps of
+x), and come out of it a matrix of the tensor core at a time.
 
 For SM80 and later, bfloat16 and float16.
 """

@@ -16,7 +16,8 @@ from .operands import Weight, launch_for, rows_of, words_of
 from .reference import NO_ACTIVATION
 from .tile import activate, product_tile, times_global
 
-# From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
+# From so many rows on, putting x into the dot order once costs less than picking its columns in every program. (Layout
+# ``fragments`` has no need of it.)
 REORDER_FROM = 17
 
 
