@@ -43,7 +43,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class FewRows:
-    """A launch of few_rows.py: warps, rows of units each has, steps under way at once, rows of x.
+    """A launch of few_rows.py: warps, steps under way at once, rows of x.
 
     ``across``: how many of the warps lie side by side along the weight's rows; the others split K. ``slots``: steps of
     x in shared memory, for all warps at once; with 0 each reads its own. ``early``: it begins to read its weight while
@@ -51,7 +51,6 @@ class FewRows:
     """
 
     warps: int
-    rows: int
     depth: int
     block_m: int
     across: int = 1
@@ -59,13 +58,12 @@ class FewRows:
     early: bool = False
 
     def __str__(self) -> str:
-        return f"few rows: {self.block_m}x{16 * self.rows * self.across}, {self.warps} warps"
+        return f"few rows: {self.block_m}x{16 * self.across}, {self.warps} warps"
 
     @property
     def constants(self) -> dict[str, int]:
         """Keywords for its kernels."""
         return {
-            "ROWS": self.rows,
             "ACROSS": self.across,
             "DEPTH": self.depth,
             "BLOCK_M": self.block_m,
@@ -79,7 +77,7 @@ class ManyRows:
     """A launch of many_rows.py: rows of x in a tile, stages of its ring, programs on a multiprocessor.
 
     ``deep``: how many times 64 columns a stage has. ``across``: groups of multipliers side by side along the weight's
-    rows, 64 each; ``split``: how many such share the steps of K.
+    rows, 64 each; ``split``: 2 where two such share the steps of K.
     """
 
     block_m: int
@@ -102,11 +100,12 @@ class ManyRows:
         """Keywords for its kernel. The warps are those of one group of multipliers.
 
         ``maxnreg``: the groups of four warps, the loader's counted whole, share what a program gets; REGISTERS is what
-        remains for each of the others. AT_ONCE of the sums of other programs, block_m / 2 registers each, fit in.
+        LOADER leaves for each of the others. AT_ONCE of the sums of other programs, block_m / 2 registers each, fit in.
         """
         groups = self.across * self.split
         share = min(255, 65536 // (128 * (groups + 1) * self.resident)) // 8 * 8
-        registers = min(240, (share * (groups + 1) - 24) // groups // 8 * 8)
+        loader = 24
+        registers = min(240, (share * (groups + 1) - loader) // groups // 8 * 8)
         return {
             "BM": self.block_m,
             "STAGES": self.stages,
@@ -115,6 +114,7 @@ class ManyRows:
             "SPLIT": self.split,
             "AT_ONCE": max(1, (256 if registers > 160 else 64) // self.block_m),
             "REGISTERS": registers,
+            "LOADER": loader,
             "num_warps": 4,
             "maxnreg": share,
         }
@@ -140,18 +140,18 @@ _SINGLE = ((16, Tile(16, 64, 32, 4, 2)), (_ANY, Tile(32, 64, 32, 4, 2)))
 _BACKWARD_HALF = Tile(64, 32, 64, 4, 2)
 _BACKWARD_SINGLE = Tile(32, 32, 64, 4, 2)
 
-# Launches for the layout ``fragments``, each for so many rows of x at most: the fastest of those tried on an H200, all
-# of them also held against float64 there. One row is read by each warp; more go through shared memory.
-_ONE = FewRows(4, 1, 8, 8)
-_FEW_LOW = ((8, FewRows(8, 1, 8, 8, slots=4)),)
-_FEW = ((8, FewRows(8, 1, 8, 8, across=2, slots=4)),)
-# GPUs without wgmma go on with these; more rows they take in tiles.
-_MMA_LOW = (*_FEW_LOW, (16, FewRows(8, 1, 8, 16, slots=4)), (32, FewRows(4, 1, 8, 32, slots=4)))
+# Launches for the layout ``fragments``, each for so many rows of x at most: the fastest of those tried on an H200, each
+# also held against float64 there. One row is read by each warp; more go through shared memory.
+_ONE = FewRows(4, 8, 8)
+_FEW_LOW = ((8, FewRows(8, 8, 8, slots=4)),)
+_FEW = ((8, FewRows(8, 8, 8, across=2, slots=4)),)
+# GPUs without wgmma go on with these, which are compiled for them but not measured; more rows they take in tiles.
+_MMA_LOW = (*_FEW_LOW, (16, FewRows(8, 8, 16, slots=4)), (32, FewRows(4, 8, 32, slots=4)))
 _MMA_FEW = (
     *_FEW,
-    (16, FewRows(8, 1, 8, 16, across=2, slots=4)),
-    (32, FewRows(4, 1, 4, 32, slots=4)),
-    (64, FewRows(4, 1, 8, 64, across=4, slots=4)),
+    (16, FewRows(8, 8, 16, across=2, slots=4)),
+    (32, FewRows(4, 4, 32, slots=4)),
+    (64, FewRows(4, 8, 64, across=4, slots=4)),
 )
 _MMA_WIDE = ((1, _ONE), *_MMA_FEW)
 # Where tiles are few, groups share K; where they are many, one program decodes while the other multiplies, or four
@@ -177,7 +177,7 @@ _MANY_WIDE = (
 _EIGHT = (8, ManyRows(8, 6, split=2))
 _WGMMA_LOW = _FEW_LOW + _MANY
 _WGMMA_MIDDLE = _FEW + _MANY
-_WGMMA_WIDE_SHORT = ((1, _ONE), (8, FewRows(8, 1, 8, 8, across=4, slots=4)), _MANY[0], *_MANY_WIDE[1:])
+_WGMMA_WIDE_SHORT = ((1, _ONE), (8, FewRows(8, 8, 8, across=4, slots=4)), _MANY[0], *_MANY_WIDE[1:])
 _WGMMA_WIDE = ((1, _ONE), _EIGHT, *_MANY_WIDE)
 _WGMMA_WIDE_LONG = (*_FEW, (16, ManyRows(16, 6, split=2)), (32, ManyRows(32, 6, split=2)), *_MANY_WIDE[2:])
 _WGMMA_HUGE = (
@@ -190,15 +190,15 @@ _WGMMA_HUGE = (
     (_ANY, _LARGE),
 )
 # Of experts' rows that is how many to expect: some have more. Slots that run by themselves have none.
-_FEW_EXPERTS = ((0, FewRows(4, 1, 4, 8)), (8, FewRows(4, 1, 8, 8, across=4, slots=8)))
+_FEW_EXPERTS = ((0, FewRows(4, 4, 8)), (8, FewRows(4, 8, 8, across=4, slots=8)))
 _MMA_FEW_EXPERTS = (
     *_FEW_EXPERTS,
-    (16, FewRows(4, 1, 8, 16, across=4, slots=8)),
-    (32, FewRows(4, 1, 8, 32, across=4, slots=4)),
+    (16, FewRows(4, 8, 16, across=4, slots=8)),
+    (32, FewRows(4, 8, 32, across=4, slots=4)),
 )
 _WGMMA_MANY_EXPERTS = (
     *_FEW_EXPERTS,
-    (12, FewRows(4, 1, 8, 16, across=4, slots=8)),
+    (12, FewRows(4, 8, 16, across=4, slots=8)),
     (16, ManyRows(16, 8, 2)),
     *_MANY_WIDE[1:4],
     (_ANY, _LARGE),

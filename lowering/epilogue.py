@@ -60,8 +60,7 @@ def finish(acc, tile, tiles, plan, result, GROUP: gl.constexpr, ACROSS: gl.const
         row = gl.load(order + row, mask=live, other=0).to(gl.int32)
         routing = gl.load(weights + row, mask=live, other=0.0).to(gl.float32)
         acc = acc * gl.convert_layout(routing, gl.SliceLayout(0, MMA))[None, :]
-    value = acc.to(out.dtype.element_ty)
-    value = gl.convert_layout(value.permute([1, 0]), LAYOUT)
+    value = gl.convert_layout(acc.to(out.dtype.element_ty).permute([1, 0]), LAYOUT)
     column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(0, LAYOUT))
     gl.store(out + row.to(gl.int64)[:, None] * N + column[None, :], value, mask=live[:, None] & (column < N)[None, :])
 
@@ -81,36 +80,33 @@ def in_registers(sums, BM: gl.constexpr):
 
 @gluon.jit
 def place_to_meet(BM: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr):
-    """Shared memory for ``meet``: sums of one group for each that is not the first along K, and two barriers each."""
+    """Shared memory for ``meet``, if two groups share K: for each pair the sums of the second, and two barriers."""
     if SPLIT == 1:
         return ()
     else:
-        PLACES: gl.constexpr = 4 if SPLIT == 4 else (SPLIT - 1) * ACROSS
-        sums = gl.allocate_shared_memory(gl.float32, [PLACES, GROUP_ROWS * BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        there = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-        taken = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-        for index in gl.static_range(PLACES):
-            mbarrier.init(there.index(index), count=1)
-            mbarrier.init(taken.index(index), count=1)
+        gl.static_assert(SPLIT == 2, "two groups share K at most")
+        sums = gl.allocate_shared_memory(gl.float32, [ACROSS, GROUP_ROWS * BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        there = gl.allocate_shared_memory(gl.int64, [ACROSS, 1], mbarrier.MBarrierLayout())
+        taken = gl.allocate_shared_memory(gl.int64, [ACROSS, 1], mbarrier.MBarrierLayout())
+        for group in gl.static_range(ACROSS):
+            mbarrier.init(there.index(group), count=1)
+            mbarrier.init(taken.index(group), count=1)
         return sums, there, taken
 
 
 @gluon.jit
-def meet(acc, meeting, turn, GROUP: gl.constexpr, PART: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr):
-    """Sums of the groups of a program that share K come together in the first of them."""
-    buffer, there, taken = meeting
+def meet(acc, meeting, turn, GROUP: gl.constexpr, PART: gl.constexpr):
+    """Sums of the two groups of a program that share K come together in the first."""
+    sums, there, taken = meeting
     mine = side_by_side(acc)
-    LAYOUT: gl.constexpr = mine.type.layout
-    if PART > 0:
-        PLACE: gl.constexpr = (PART - 1) * ACROSS + GROUP
-        mbarrier.wait(taken.index(PLACE), turn & 1 ^ 1)
-        buffer.index(PLACE).store(mine)
-        mbarrier.arrive(there.index(PLACE), count=1)
+    if PART == 1:
+        mbarrier.wait(taken.index(GROUP), turn & 1 ^ 1)
+        sums.index(GROUP).store(mine)
+        mbarrier.arrive(there.index(GROUP), count=1)
         return acc
-    for part in gl.static_range(SPLIT - 1):
-        mbarrier.wait(there.index(part * ACROSS + GROUP), turn & 1)
-        mine += buffer.index(part * ACROSS + GROUP).load(LAYOUT)
-        mbarrier.arrive(taken.index(part * ACROSS + GROUP), count=1)
+    mbarrier.wait(there.index(GROUP), turn & 1)
+    mine += sums.index(GROUP).load(mine.type.layout)
+    mbarrier.arrive(taken.index(GROUP), count=1)
     return in_registers(mine, acc.shape[1])
 
 

@@ -22,15 +22,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .arch import FewRows
 from .decode import undo_factor
-from .loads import (
-    copy_tokens,
-    fetch,
-    load_tokens,
-    memory_layout,
-    next_tokens,
-    rows_layout,
-    slot_layout,
-)
+from .loads import copy_tokens, fetch, load_tokens, memory_layout, next_tokens, rows_layout, slot_layout
 from .operands import Schedule, Weight
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
@@ -53,7 +45,7 @@ def multiply(acc, tile, tokens, held):
 
 
 @gluon.jit
-def zero_behind_a_barrier(SPLIT: gl.constexpr, ACROSS: gl.constexpr, ROWS: gl.constexpr):
+def zero_behind_a_barrier(SPLIT: gl.constexpr, ACROSS: gl.constexpr):
     """int32 zeros like a step's scales, that come out of shared memory.
 
     Loads are issued in order and must stay so: left alone, ptxas moves each next to its use, and a warp then waits for
@@ -63,7 +55,7 @@ def zero_behind_a_barrier(SPLIT: gl.constexpr, ACROSS: gl.constexpr, ROWS: gl.co
     zeros = gl.allocate_shared_memory(gl.int32, [SPLIT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     zeros.store(gl.zeros([SPLIT], gl.int32, layout=gl.BlockedLayout([1], [32], [SPLIT * ACROSS], [0])))
     held = zeros.load(gl.SliceLayout(1, gl.SliceLayout(2, SCALES)))
-    like = gl.zeros([SPLIT, ROWS * ACROSS, UNIT_SCALES], gl.int32, layout=SCALES)
+    like = gl.zeros([SPLIT, ACROSS, UNIT_SCALES], gl.int32, layout=SCALES)
     held, like = gl.broadcast(held[:, None, None], like)
     return held
 
@@ -78,7 +70,6 @@ def stream_product(
     K: gl.constexpr,
     SPLIT: gl.constexpr,
     ACROSS: gl.constexpr,
-    ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     EARLY: gl.constexpr,
@@ -94,7 +85,7 @@ def stream_product(
     gl.static_assert(SLOTS == 0 or ROUNDS == 0 or RING % SLOTS == 0, "a step's slot is the same in every round")
     ring = ()
     for step in gl.static_range(RING):
-        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS, ROWS),)
+        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS),)
     if EARLY:
         # Weights are there before any kernel runs; x may be what the last one writes.
         wait_for_last()
@@ -107,8 +98,8 @@ def stream_product(
             copy_tokens(slots[step], x, x_rows, live, step, K, SPLIT, ACROSS)
     else:
         tokens = (load_tokens(x, x_rows, 0, K, SPLIT, ACROSS, BLOCK_M),)
-    held = zero_behind_a_barrier(SPLIT, ACROSS, ROWS)
-    acc = gl.zeros([SPLIT, 16 * ROWS * ACROSS, BLOCK_M], gl.float32, layout=sums_layout(SPLIT, ACROSS))
+    held = zero_behind_a_barrier(SPLIT, ACROSS)
+    acc = gl.zeros([SPLIT, 16 * ACROSS, BLOCK_M], gl.float32, layout=sums_layout(SPLIT, ACROSS))
     for turn in range(ROUNDS):
         fresh = ()
         for place in gl.static_range(RING):
@@ -118,12 +109,12 @@ def stream_product(
             else:
                 tokens = tokens + (load_tokens(x, x_rows, now + 1, K, SPLIT, ACROSS, BLOCK_M),)
             acc = multiply(acc, ring[place], tokens[place], held)
-            fresh = fresh + (fetch(weight, rows, now + RING, K, SPLIT, ACROSS, ROWS),)
+            fresh = fresh + (fetch(weight, rows, now + RING, K, SPLIT, ACROSS),)
         ring = fresh
         tokens = tokens[RING:]
     DONE: gl.constexpr = ROUNDS * RING
     for step in gl.static_range(DONE + RING, STEPS):
-        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS, ROWS),)
+        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS),)
     for place in gl.static_range(STEPS - DONE):
         if SLOTS:
             tokens = tokens + (next_tokens(x, x_rows, live, DONE + place, DONE + place, slots, K, SPLIT, ACROSS),)
@@ -146,31 +137,30 @@ def linear_kernel(
     stride_xm,
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    ROWS: gl.constexpr,
     ACROSS: gl.constexpr,
     DEPTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     SLOTS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """``out [M, N]``, 16 ROWS ACROSS columns of it for BLOCK_M rows of x."""
+    """``out [M, N]``, 16 ACROSS columns of it for BLOCK_M rows of x."""
     SPLIT: gl.constexpr = gl.num_warps() // ACROSS
     SUMS: gl.constexpr = gl.SliceLayout(0, sums_layout(SPLIT, ACROSS))
     if EARLY:
         let_next_begin()
-    row = gl.program_id(0) * ROWS * ACROSS
+    row = gl.program_id(0) * ACROSS
     first = gl.program_id(1) * BLOCK_M
     factor = undo_factor(True)
     if global_scale is not None:
         factor = factor * gl.load(global_scale)
-    # Rows past the end read the last one again; they are not stored.
+    # Rows past the end are read as the last one, or not at all; they are not stored.
     m = first + gl.arange(0, BLOCK_M, layout=rows_layout(SPLIT, ACROSS, BLOCK_M, SLOTS))
     live = m < M
     x_rows = gl.minimum(m, M - 1).to(gl.int64) * stride_xm
     rows = (row, N // 16 - row)
-    acc = stream_product(x, x_rows, live, (words, scale), rows, K, SPLIT, ACROSS, ROWS, DEPTH, BLOCK_M, EARLY, SLOTS)
+    acc = stream_product(x, x_rows, live, (words, scale), rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, EARLY, SLOTS)
     acc = acc * factor
-    n = row * 16 + gl.arange(0, 16 * ROWS * ACROSS, layout=gl.SliceLayout(1, SUMS))
+    n = row * 16 + gl.arange(0, 16 * ACROSS, layout=gl.SliceLayout(1, SUMS))
     m = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
     if bias is not None:
         acc += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
@@ -201,7 +191,6 @@ def experts_kernel(
     global_stride,
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    ROWS: gl.constexpr,
     ACROSS: gl.constexpr,
     DEPTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -226,7 +215,7 @@ def experts_kernel(
             # Whoever waits for this kernel relies on the one before to have ended, too.
             wait_for_last()
         return
-    row = gl.program_id(0) * ROWS * ACROSS
+    row = gl.program_id(0) * ACROSS
     factor = undo_factor(True)
     if global_scale is not None:
         factor = factor * gl.load(global_scale + expert * global_stride)
@@ -248,11 +237,11 @@ def experts_kernel(
     x_rows = (row_of_x // slots_of_x).to(gl.int64) * stride_xm
     weight = (words + expert * N * (K // 8), scale + expert * N * (K // 32))
     rows = (row, N // 16 - row)
-    acc = stream_product(x, x_rows, present, weight, rows, K, SPLIT, ACROSS, ROWS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS)
+    acc = stream_product(x, x_rows, present, weight, rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS)
     acc = activate(acc * factor, ACTIVATION)
     if weights is not None:
         acc = acc * gl.load(weights + slot).to(gl.float32)[None, :]
-    n = row * 16 + gl.arange(0, 16 * ROWS * ACROSS, layout=gl.SliceLayout(1, SUMS))
+    n = row * 16 + gl.arange(0, 16 * ACROSS, layout=gl.SliceLayout(1, SUMS))
     gl.store(
         out + slot.to(gl.int64)[None, :] * N + n[:, None],
         acc.to(out.dtype.element_ty),
@@ -272,7 +261,7 @@ def linear(
     m, k = rows.shape
     n = out.shape[1]
     rows = _readable(rows, launch)
-    linear_kernel[(triton.cdiv(n // 16, launch.rows * launch.across), triton.cdiv(m, launch.block_m))](
+    linear_kernel[(triton.cdiv(n // 16, launch.across), triton.cdiv(m, launch.block_m))](
         rows,
         weight.words,
         weight.scale_pairs,
@@ -307,7 +296,7 @@ def expert_product(
     """
     n = out.shape[1]
     rows = _readable(rows, launch)
-    experts_kernel[(triton.cdiv(n // 16, launch.rows * launch.across), plan.blocks)](
+    experts_kernel[(triton.cdiv(n // 16, launch.across), plan.blocks)](
         rows,
         weight.words,
         weight.scale_pairs,

@@ -195,7 +195,7 @@ def _codes_from_units(codes: torch.Tensor) -> torch.Tensor:
     byte0, byte1, byte2, byte3 = _in_units(codes, 32, "to_plain").unflatten(-1, (2, 2, 4)).unbind(-1)
     even = torch.stack(_codes_of_half(byte0, byte1, byte3), -1)
     odd = torch.stack(_codes_of_half(byte2, byte3, byte1), -1)
-    return _moved(even | _low_to_high(odd), (0, 4, 2, 1, 5, 6, 3)).reshape(codes.shape)
+    return _moved(even | (odd << 4), (0, 4, 2, 1, 5, 6, 3)).reshape(codes.shape)
 
 
 def _units_from_codes(codes: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,11 @@ import triton.language as tl
 from . import few_rows, many_rows
 from .arch import Arch, FewRows, ManyRows, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
-from .layout import FRAGMENTS
-from .operands import Weight, launch_for, rows_of, words_of
+from .operands import Weight, has_dot_order, launch_for, rows_of, words_of
 from .reference import NO_ACTIVATION
 from .tile import activate, product_tile, times_global
 
-# From so many rows on, putting x into the dot order once costs less than picking its columns in every program. (Layout
-# ``fragments`` has no need of it.)
+# From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
 REORDER_FROM = 17
 
 
@@ -184,7 +182,7 @@ def _in_tiles(
     tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
     # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
     splits = arch.splits(tiles[1], triton.cdiv(k, tile.block_k), tile) if tiles[0] == 1 else 1
-    in_dot_order = asm and m >= REORDER_FROM and weight.layout != FRAGMENTS
+    in_dot_order = m >= REORDER_FROM and has_dot_order(rows, weight, asm=asm)
     if in_dot_order:
         rows = to_dot_order(rows)
     parts = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)

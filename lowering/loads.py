@@ -2,8 +2,8 @@
 
 """How few_rows.py reads: units of the weight, each warp its own, and the columns of x that belong to them.
 
-A *step* is SPLIT units along K of ROWS * ACROSS rows of units: ROWS for each warp. x comes straight into the registers
-of the warps that multiply it, or through shared memory, a *slot* for each step.
+A *step* is SPLIT units along K of ACROSS rows of units, one for each warp. x comes straight into the registers of the
+warps that multiply it, or through shared memory, a *slot* for each step.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def load_unit(
     K: gl.constexpr,
     SPLIT: gl.constexpr,
     ACROSS: gl.constexpr,
-    ROWS: gl.constexpr,
     SIZE: gl.constexpr,
 ):
     """A step's units ``[SPLIT, rows of units, SIZE]``: ``step * SPLIT + part`` along K; zero past the end of K.
@@ -73,7 +72,7 @@ def load_unit(
     UNITS: gl.constexpr = K // 64
     LAYOUT: gl.constexpr = memory_layout(SPLIT, ACROSS, SIZE // 32)
     part = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    extra = gl.arange(0, ROWS * ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    extra = gl.arange(0, ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     element = gl.arange(0, SIZE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     unit = step * SPLIT + part
     where = weight + (row.to(gl.int64) * UNITS) * SIZE + (gl.minimum(extra, live - 1) * UNITS + unit) * SIZE + element
@@ -85,12 +84,12 @@ def load_unit(
 
 
 @gluon.jit
-def fetch(weight, rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr, ROWS: gl.constexpr):
+def fetch(weight, rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
     """Codes and scales of a step."""
     words, scale = weight
     return (
-        load_unit(words, rows, step, K, SPLIT, ACROSS, ROWS, UNIT_WORDS),
-        load_unit(scale, rows, step, K, SPLIT, ACROSS, ROWS, UNIT_SCALES),
+        load_unit(words, rows, step, K, SPLIT, ACROSS, UNIT_WORDS),
+        load_unit(scale, rows, step, K, SPLIT, ACROSS, UNIT_SCALES),
     )
 
 
@@ -120,10 +119,9 @@ def copy_tokens(slot, x, x_rows, live, step, K: gl.constexpr, SPLIT: gl.constexp
     """
     if step * SPLIT < K // 64:
         where, k = source(x, x_rows, step, SPLIT, source_layout(SPLIT, ACROSS, slot.shape[1], 1))
-        if K // 64 % SPLIT == 0:
-            copy_async(slot, where, mask=live[None, :, None] & (k >= 0))
-        else:
-            copy_async(slot, where, mask=live[None, :, None] & (k < K))
+        # All columns, where no step ends past K: that only spreads the rows over them.
+        inside = k >= 0 if K // 64 % SPLIT == 0 else k < K
+        copy_async(slot, where, mask=live[None, :, None] & inside)
     async_copy.commit_group()
 
 

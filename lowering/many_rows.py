@@ -80,9 +80,10 @@ def multiply(
     STAGES: gl.constexpr = codes.shape[0]
     DEEP: gl.constexpr = tokens.shape[0] // STAGES
     BM: gl.constexpr = tokens.shape[1]
+    sums, flags, each, total = parts
     it = 0
     turn = 0
-    while it < parts[3]:
+    while it < total:
         tile, first, last = stretch(it, share, STEPS)
         acc = gl.zeros([GROUP_ROWS, BM], gl.float32, layout=sums_layout(BM))
         mine = it + (PART + SPLIT - it % SPLIT) % SPLIT
@@ -98,7 +99,7 @@ def multiply(
         if (first == 0) & (last < STEPS):
             acc = collect(acc, parts, share, last, GROUP, PART, ACROSS, SPLIT, STEPS, AT_ONCE)
         if SPLIT > 1:
-            acc = meet(acc, meeting, turn, GROUP, PART, ACROSS, SPLIT)
+            acc = meet(acc, meeting, turn, GROUP, PART)
             turn += 1
         if PART == 0:
             if first > 0:
@@ -135,6 +136,7 @@ def product_kernel(
     SPLIT: gl.constexpr,
     AT_ONCE: gl.constexpr,
     REGISTERS: gl.constexpr,
+    LOADER: gl.constexpr,
 ):
     """``out [M, N]`` of a dense product, or the rows of all blocks of experts, x then being sorted by expert.
 
@@ -171,7 +173,7 @@ def product_kernel(
                 (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STEPS)),
             ],
             [4, 1],
-            [REGISTERS, 24],
+            [REGISTERS, LOADER],
         )
     else:
         gl.static_assert(ACROSS * SPLIT == 4, "two groups of multipliers or four")
@@ -184,7 +186,7 @@ def product_kernel(
                 (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STEPS)),
             ],
             [4, 4, 4, 1],
-            [REGISTERS, REGISTERS, REGISTERS, 24],
+            [REGISTERS, REGISTERS, REGISTERS, LOADER],
         )
 
 
@@ -243,6 +245,7 @@ def _product(
     launch: ManyRows,
     programs: int,
 ) -> None:
+    """A launch: ``rows [M, K]`` are those of x or, with ``plan``, sorted by expert."""
     m, k = rows.shape
     if rows.data_ptr() % 16 or rows.stride(0) % 8 or rows.stride(0) < k:
         # The copy engine cannot read such rows; of rows that overlap, as expanded ones do, nobody says that it can.

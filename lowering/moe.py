@@ -19,8 +19,7 @@ import triton.language as tl
 from . import few_rows, many_rows
 from .arch import Arch, FewRows, ManyRows, Tile, rows_of_expert, target
 from .decode import natural_position, to_dot_order
-from .layout import FRAGMENTS
-from .operands import Schedule, Weight, launch_for, rows_of
+from .operands import Schedule, Weight, has_dot_order, launch_for, rows_of
 from .reference import NO_ACTIVATION, expert_of_row
 from .schedule import schedule
 from .tile import activate, product_tile, times_global
@@ -156,7 +155,7 @@ def gathered_linear(
         _product(
             plan,
             launch,
-            _rows_for(plan, rows, 1, _has_dot_order(rows, weight, asm)),
+            _rows_for(plan, rows, 1, has_dot_order(rows, weight, asm=asm)),
             weight,
             None,
             Rows(out),
@@ -245,7 +244,7 @@ def _experts_of(
         many_rows.experts(plan, x, choices, up, down, routing, slots, activation, launch)
     else:
         # The first product leaves its columns in the dot order, where the second one reads them side by side.
-        ordered = _has_dot_order(x, up, asm)
+        ordered = has_dot_order(x, up, asm=asm)
         rows = Rows(x.new_empty((flat.shape[0], inner + (-inner % 64 if ordered else 0))), ordered)
         _product(plan, launch, _rows_for(plan, x, choices, ordered), up, None, rows, activation, asm)
         _product(plan, launch, rows, down, routing, Rows(slots), NO_ACTIVATION, asm)
@@ -262,10 +261,6 @@ def _experts_of(
         launch_pdl=dependent,
         num_warps=4,
     )
-
-
-def _has_dot_order(x: torch.Tensor, weight: Weight, asm: bool) -> bool:
-    return asm and x.dtype != torch.float32 and weight.layout != FRAGMENTS
 
 
 def _rows_for(plan: Schedule, x: torch.Tensor, slots: int, ordered: bool) -> Rows:

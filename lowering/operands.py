@@ -9,6 +9,7 @@ import torch
 from fp4pass.errors import ArgumentError
 
 from .arch import Arch, FewRows, ManyRows, Tile
+from .layout import FRAGMENTS
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ def launch_for(
         return tile
     launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
     return tile if isinstance(launch, ManyRows) and not weight.aligned else launch
+
+
+def has_dot_order(x: torch.Tensor, weight: Weight, *, asm: bool) -> bool:
+    """Whether a product in tiles takes columns in the dot order of decode.py; of ``fragments`` the natural one does."""
+    return asm and x.dtype != torch.float32 and weight.layout != FRAGMENTS
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -47,14 +47,14 @@ def decode_units(words, scale, held, DTYPE: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    above = side_by_side(p0, p1, p2, p3, p4, p5, p6, p7)
-    below = side_by_side(q0, q1, q2, q3, q4, q5, q6, q7)
+    above = joined(p0, p1, p2, p3, p4, p5, p6, p7)
+    below = joined(q0, q1, q2, q3, q4, q5, q6, q7)
     # W, R, g, t, q, s, h, j, half of the rows
     return gl.join(above, below).permute([0, 1, 8, 2, 4, 5, 6, 3, 7]).to(DTYPE, bitcast=True)
 
 
 @gluon.jit
-def side_by_side(p0, p1, p2, p3, p4, p5, p6, p7):
+def joined(p0, p1, p2, p3, p4, p5, p6, p7):
     """Three dimensions more, of two each."""
     even = gl.join(gl.join(p0, p4), gl.join(p2, p6))
     odd = gl.join(gl.join(p1, p5), gl.join(p3, p7))

@@ -45,7 +45,7 @@ def every_launch():
             again = (experts, launch) in listed and launch.block_m < 64
             listed.add((experts, launch))
             for product in products(experts, launch):
-                size = f"{launch.block_m}x{16 * launch.rows}x{launch.across}"
+                size = f"{launch.block_m}x16x{launch.across}"
                 name = f"sm{generation.sm}-{product}-{size}-{launch.warps}warps-{launch.slots}slots"
                 yield pytest.param(
                     generation,
@@ -103,7 +103,7 @@ def test_weight_is_on_its_way_before_the_first_product(launch, k):
     steps = -(-k // (64 * launch.warps // launch.across))
     for load in (CODES, SCALES):
         early = [place for place in compiling.places(code, load) if place < barrier]
-        assert len(early) == min(steps, launch.depth) * launch.rows, load
+        assert len(early) == min(steps, launch.depth), load
     assert barrier < product
 
 
@@ -125,9 +125,10 @@ def test_an_early_launch_reads_its_weight_before_it_waits_and_its_tokens_after(l
     assert (len(begins), len(waits)) == ((1, 1) if launch.early else (0, 0))
     if launch.early:
         codes = [place for place in compiling.places(code, CODES) if place < waits[0]]
-        assert begins[0] < codes[0] and len(codes) == launch.depth * launch.rows
-        tokens = compiling.places(code, COPIES if launch.slots else TOKENS)
-        assert waits[0] < min(tokens[bool(not launch.slots) :] + compiling.places(code, "STG"))
+        assert begins[0] < codes[0] and len(codes) == launch.depth
+        # The first load of 4 bytes is the global scale.
+        tokens = compiling.places(code, COPIES) if launch.slots else compiling.places(code, TOKENS)[1:]
+        assert waits[0] < min(tokens + compiling.places(code, "STG"))
 
 
 @EACH_DENSE

@@ -68,7 +68,7 @@ def test_every_step_is_done_once_and_those_who_share_a_tile_find_each_other(piec
 @pytest.mark.parametrize("tiles", (21, 42, 81, MULTIPROCESSORS))
 def test_where_tiles_are_few_no_program_works_on_two(pieces, tiles):
     work, _ = pieces(tiles, 64, MULTIPROCESSORS)
-    if tiles != 81:  # Two thirds of the programs would have twice the others' steps.
+    if tiles != 81:  # There 51 programs would have nothing to do.
         assert all(len(found) <= 1 for found in work)
     most = max(sum(last - first for _, first, last in found) for found in work)
     assert most * 8 <= -(-tiles * 64 // MULTIPROCESSORS) * 9
