@@ -1,6 +1,6 @@
-# ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
+# ruff: noqa: ANN001, ANN201  (kernels: Triton types the parameters)
 
-"""How a tile of many_rows.py ends: its sums meet those of the programs that share it, and become the result."""
+"""How a tile of many_rows.py ends: the sums of the groups that share K meet, and become the result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from .decode import undo_factor
 from .sharing import place, rows_of_block
 from .units import activate
 
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its names in Triton 3.6 and 3.9
-
 GROUP_ROWS = gl.constexpr(64)  # of the weight, which are columns of the result
-# What says that a program has left its sums. Nothing else writes it, and who reads it clears it: so memory need not be
-# prepared, in which any other 64 bits may stand.
-PRESENT = gl.constexpr(0x5EF0A7C3D1926B48)
 
 
 @gluon.constexpr_function
@@ -107,73 +102,4 @@ def meet(acc, meeting, turn, GROUP: gl.constexpr, PART: gl.constexpr):
     mbarrier.wait(there.index(GROUP), turn & 1)
     mine += sums.index(GROUP).load(mine.type.layout)
     mbarrier.arrive(taken.index(GROUP), count=1)
-    return in_registers(mine, acc.shape[1])
-
-
-@gluon.jit
-def leave(acc, parts, share, GROUP: gl.constexpr, ACROSS: gl.constexpr):
-    """Leave the sums to the program that began the tile."""
-    sums, flags, each, total = parts
-    begin, count, shared, me = share
-    mine = side_by_side(acc)
-    LAYOUT: gl.constexpr = mine.type.layout
-    SIZE: gl.constexpr = mine.shape[0]
-    slot = me * ACROSS + GROUP
-    gl.store(sums + slot.to(gl.int64) * SIZE + gl.arange(0, SIZE, layout=LAYOUT), mine)
-    barrier()
-    gl.atomic_xchg(flags + slot, gl.to_tensor(PRESENT), sem="release")
-
-
-@gluon.jit
-def wait_for(flags, count, STRIDE: gl.constexpr):
-    """Until ``count`` flags, STRIDE apart, say that sums are there; they are cleared."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    for first in range(0, count, 32):
-        where = flags + gl.minimum(first + gl.arange(0, 32, layout=LANES), count - 1) * STRIDE
-        missing = 1
-        while missing > 0:
-            # Each warp looks by itself.
-            seen = gl.inline_asm_elementwise(
-                "ld.acquire.gpu.global.b64 $0, [$1];", "=l,l", [where], dtype=gl.int64, is_pure=False, pack=1
-            )
-            missing = gl.max((seen != PRESENT).to(gl.int32), axis=0)
-    barrier()
-    for first in range(0, count, 32):
-        where = flags + gl.minimum(first + gl.arange(0, 32, layout=LANES), count - 1) * STRIDE
-        gl.store(where, gl.zeros([32], gl.int64, layout=LANES))
-
-
-@gluon.jit
-def collect(
-    acc,
-    parts,
-    share,
-    last,
-    GROUP: gl.constexpr,
-    PART: gl.constexpr,
-    ACROSS: gl.constexpr,
-    SPLIT: gl.constexpr,
-    STEPS: gl.constexpr,
-    AT_ONCE: gl.constexpr,
-):
-    """``acc`` of the steps before ``last`` plus, in order, what every SPLIT-th of the following programs has left.
-
-    AT_ONCE of their sums are on their way at once.
-    """
-    sums, flags, each, total = parts
-    begin, count, shared, me = share
-    nearest = me + 1 + PART
-    others = gl.cdiv(gl.cdiv(STEPS - last, each) - PART, SPLIT)
-    wait_for(flags + nearest * ACROSS + GROUP, others, SPLIT * ACROSS)
-    mine = side_by_side(acc)
-    LAYOUT: gl.constexpr = mine.type.layout
-    SIZE: gl.constexpr = mine.shape[0]
-    within = gl.arange(0, SIZE, layout=LAYOUT)
-    for first in range(0, others, AT_ONCE):
-        for ahead in gl.static_range(AT_ONCE):
-            other = first + ahead
-            slot = ((nearest + other * SPLIT) * ACROSS + GROUP).to(gl.int64) * SIZE
-            mine += gl.load(
-                sums + slot + within, mask=(within >= 0) & (other < others), other=0.0, cache_modifier=".cg"
-            )
     return in_registers(mine, acc.shape[1])

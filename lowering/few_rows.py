@@ -5,9 +5,8 @@
 Few rows are a matter of reading the weight, so nothing stands between memory and the product: a warp loads whole units
 of the layout ``fragments`` (16 rows by 64 columns, 512 bytes at once), decodes them in place and multiplies them as
 the left operand of ``mma.sync``. Of a program's warps some lie side by side along the weight's rows (ACROSS) and the
-others split K (SPLIT); the sums of those meet once, at the end. x is read as it is: of one row each warp reads what it
-needs, a pair of columns a lane at a time; more rows go through shared memory, once for all warps across (SLOTS steps of
-x), and come out of it a matrix of the tensor core at a time.
+others split K (SPLIT); the sums of those meet once, at the end. x is read as it is, once for all warps across, through
+shared memory: one row as a whole, more rows a step at a time (SLOTS steps of x are there).
 
 For SM80 and later, bfloat16 and float16.
 """
@@ -20,9 +19,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .arch import FewRows
 from .decode import undo_factor
-from .loads import copy_tokens, fetch, load_tokens, memory_layout, next_tokens, rows_layout, slot_layout
+from .launches import FewRows
+from .loads import copy_row, copy_tokens, fetch, memory_layout, next_tokens, rows_layout, slot_layout, tokens_of_row
 from .operands import Schedule, Weight
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
@@ -31,6 +30,12 @@ from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for
 def sums_layout(split, across):
     """Of all warps' sums ``[split, 16 * rows of units, block_m]``."""
     return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[split, across, 1], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
+def rows_of_tile(block_m):
+    """The tensor core takes eight rows of x at least."""
+    return max(8, block_m)
 
 
 @gluon.jit
@@ -74,15 +79,16 @@ def stream_product(
     BLOCK_M: gl.constexpr,
     EARLY: gl.constexpr,
     SLOTS: gl.constexpr,
+    LEAST_KIB: gl.constexpr,
 ):
-    """float32 ``[rows of weight, BLOCK_M]``: code x scale / undo_factor times x; ``rows``: see load_unit.
+    """float32 ``[rows of weight, rows_of_tile]``: code x scale / undo_factor times x; ``rows``: see load_unit.
 
-    DEPTH steps of the weight are on their way at any time, and SLOTS - 1 of x, or the next one.
+    DEPTH steps of the weight are on their way at any time, and SLOTS - 1 of x, if it has more than one row.
     """
     STEPS: gl.constexpr = (K // 64 + SPLIT - 1) // SPLIT
     RING: gl.constexpr = DEPTH if DEPTH < STEPS else STEPS
     ROUNDS: gl.constexpr = (STEPS - RING) // RING
-    gl.static_assert(SLOTS == 0 or ROUNDS == 0 or RING % SLOTS == 0, "a step's slot is the same in every round")
+    gl.static_assert(BLOCK_M == 1 or ROUNDS == 0 or RING % SLOTS == 0, "a step's slot is the same in every round")
     ring = ()
     for step in gl.static_range(RING):
         ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS),)
@@ -91,23 +97,23 @@ def stream_product(
         wait_for_last()
     slots = ()
     tokens = ()
-    for _ in gl.static_range(SLOTS):
-        slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)
-    if SLOTS:
+    if BLOCK_M == 1:
+        row = copy_row(x + x_rows, K, SPLIT, LEAST_KIB)
+    else:
+        for _ in gl.static_range(SLOTS):
+            slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)
         for step in gl.static_range(SLOTS - 1):
             copy_tokens(slots[step], x, x_rows, live, step, K, SPLIT, ACROSS)
-    else:
-        tokens = (load_tokens(x, x_rows, 0, K, SPLIT, ACROSS, BLOCK_M),)
     held = zero_behind_a_barrier(SPLIT, ACROSS)
-    acc = gl.zeros([SPLIT, 16 * ACROSS, BLOCK_M], gl.float32, layout=sums_layout(SPLIT, ACROSS))
+    acc = gl.zeros([SPLIT, 16 * ACROSS, rows_of_tile(BLOCK_M)], gl.float32, layout=sums_layout(SPLIT, ACROSS))
     for turn in range(ROUNDS):
         fresh = ()
         for place in gl.static_range(RING):
             now = turn * RING + place
-            if SLOTS:
-                tokens = tokens + (next_tokens(x, x_rows, live, now, place, slots, K, SPLIT, ACROSS),)
+            if BLOCK_M == 1:
+                tokens = tokens + (tokens_of_row(row, now, ACROSS),)
             else:
-                tokens = tokens + (load_tokens(x, x_rows, now + 1, K, SPLIT, ACROSS, BLOCK_M),)
+                tokens = tokens + (next_tokens(x, x_rows, live, now, place, slots, K, SPLIT, ACROSS),)
             acc = multiply(acc, ring[place], tokens[place], held)
             fresh = fresh + (fetch(weight, rows, now + RING, K, SPLIT, ACROSS),)
         ring = fresh
@@ -116,10 +122,10 @@ def stream_product(
     for step in gl.static_range(DONE + RING, STEPS):
         ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS),)
     for place in gl.static_range(STEPS - DONE):
-        if SLOTS:
+        if BLOCK_M == 1:
+            tokens = tokens + (tokens_of_row(row, DONE + place, ACROSS),)
+        else:
             tokens = tokens + (next_tokens(x, x_rows, live, DONE + place, DONE + place, slots, K, SPLIT, ACROSS),)
-        elif DONE + place + 1 < STEPS:
-            tokens = tokens + (load_tokens(x, x_rows, DONE + place + 1, K, SPLIT, ACROSS, BLOCK_M),)
         acc = multiply(acc, ring[place], tokens[place], held)
     return gl.sum(acc, axis=0)
 
@@ -142,6 +148,7 @@ def linear_kernel(
     BLOCK_M: gl.constexpr,
     SLOTS: gl.constexpr,
     EARLY: gl.constexpr,
+    LEAST_KIB: gl.constexpr,
 ):
     """``out [M, N]``, 16 ACROSS columns of it for BLOCK_M rows of x."""
     SPLIT: gl.constexpr = gl.num_warps() // ACROSS
@@ -153,22 +160,25 @@ def linear_kernel(
     factor = undo_factor(True)
     if global_scale is not None:
         factor = factor * gl.load(global_scale)
-    # Rows past the end are read as the last one, or not at all; they are not stored.
-    m = first + gl.arange(0, BLOCK_M, layout=rows_layout(SPLIT, ACROSS, BLOCK_M, SLOTS))
+    m = first
+    if BLOCK_M > 1:
+        m += gl.arange(0, BLOCK_M, layout=rows_layout(SPLIT, ACROSS))
     live = m < M
-    x_rows = gl.minimum(m, M - 1).to(gl.int64) * stride_xm
+    x_rows = m.to(gl.int64) * stride_xm
     rows = (row, N // 16 - row)
-    acc = stream_product(x, x_rows, live, (words, scale), rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, EARLY, SLOTS)
+    acc = stream_product(
+        x, x_rows, live, (words, scale), rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, EARLY, SLOTS, LEAST_KIB
+    )
     acc = acc * factor
     n = row * 16 + gl.arange(0, 16 * ACROSS, layout=gl.SliceLayout(1, SUMS))
-    m = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
+    m = first + gl.arange(0, rows_of_tile(BLOCK_M), layout=gl.SliceLayout(0, SUMS))
     if bias is not None:
         acc += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
     acc = activate(acc, ACTIVATION)
     gl.store(
         out + m.to(gl.int64)[None, :] * N + n[:, None],
         acc.to(out.dtype.element_ty),
-        mask=(n < N)[:, None] & (m < M)[None, :],
+        mask=(n < N)[:, None] & (m < gl.minimum(M, first + BLOCK_M))[None, :],
     )
 
 
@@ -196,6 +206,7 @@ def experts_kernel(
     BLOCK_M: gl.constexpr,
     SLOTS: gl.constexpr,
     CHAINED: gl.constexpr,
+    LEAST_KIB: gl.constexpr,
 ):
     """Rows of ``out [slots, N]`` for block ``program_id(1)`` of a schedule: see ``expert_product_kernel`` in moe.py.
 
@@ -219,14 +230,15 @@ def experts_kernel(
     factor = undo_factor(True)
     if global_scale is not None:
         factor = factor * gl.load(global_scale + expert * global_stride)
-    lane = gl.arange(0, BLOCK_M, layout=rows_layout(SPLIT, ACROSS, BLOCK_M, SLOTS))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
-    if order is None:
-        row_of_x = block + lane * 0
+    m = gl.arange(0, rows_of_tile(BLOCK_M), layout=gl.SliceLayout(0, SUMS))
+    if BLOCK_M == 1:
+        gl.static_assert(order is None, "blocks of a schedule have several rows")
+        row_of_x = block
         slot = block + m * 0
-        present = lane == 0
+        present = True
         live = m == 0
     else:
+        lane = gl.arange(0, BLOCK_M, layout=rows_layout(SPLIT, ACROSS))
         begin = gl.load(ends + expert - 1, mask=expert > 0, other=0)
         begin += (block - gl.load(block_ends + expert - 1, mask=expert > 0, other=0)) * BLOCK_M
         end = gl.load(ends + expert)
@@ -237,7 +249,9 @@ def experts_kernel(
     x_rows = (row_of_x // slots_of_x).to(gl.int64) * stride_xm
     weight = (words + expert * N * (K // 8), scale + expert * N * (K // 32))
     rows = (row, N // 16 - row)
-    acc = stream_product(x, x_rows, present, weight, rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS)
+    acc = stream_product(
+        x, x_rows, present, weight, rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS, LEAST_KIB
+    )
     acc = activate(acc * factor, ACTIVATION)
     if weights is not None:
         acc = acc * gl.load(weights + slot).to(gl.float32)[None, :]
@@ -260,7 +274,7 @@ def linear(
     """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
     n = out.shape[1]
-    rows = _readable(rows, launch)
+    rows = _readable(rows)
     linear_kernel[(triton.cdiv(n // 16, launch.across), triton.cdiv(m, launch.block_m))](
         rows,
         weight.words,
@@ -295,7 +309,7 @@ def expert_product(
     chained: 1 or 2 for the first or second of two products that follow each other (SM90).
     """
     n = out.shape[1]
-    rows = _readable(rows, launch)
+    rows = _readable(rows)
     experts_kernel[(triton.cdiv(n // 16, launch.across), plan.blocks)](
         rows,
         weight.words,
@@ -320,8 +334,8 @@ def expert_product(
     )
 
 
-def _readable(rows: torch.Tensor, launch: FewRows) -> torch.Tensor:
-    """``rows``, or a copy where Triton could not tell that each begins at a multiple of 16 bytes, as slots need."""
-    if launch.slots and (rows.stride(0) % 16 or rows.data_ptr() % 16):
+def _readable(rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, or a copy where Triton could not tell that each begins at a multiple of 16 bytes, as copies need."""
+    if rows.stride(0) % 16 or rows.data_ptr() % 16:
         return rows.clone(memory_format=torch.contiguous_format)
     return rows

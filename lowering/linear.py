@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from . import few_rows, many_rows
-from .arch import Arch, FewRows, ManyRows, Tile, target
+from .arch import Arch, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
+from .launches import FewRows, ManyRows
 from .operands import Weight, has_dot_order, launch_for, rows_of, words_of
 from .reference import NO_ACTIVATION
 from .tile import activate, product_tile, times_global

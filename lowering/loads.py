@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201  (kernels: Triton types the parameters)
+# ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
 
 """How few_rows.py reads: units of the weight, each warp its own, and the columns of x that belong to them.
 
@@ -14,8 +14,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .units import UNIT_SCALES, UNIT_WORDS
 
-# Its names in Triton 3.6 and 3.9.
+# Their names in Triton 3.6 and 3.9.
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+_descriptor = gl.shared_memory_descriptor
+reinterpret = _descriptor.reinterpret if hasattr(_descriptor, "reinterpret") else _descriptor._reinterpret
+
+
+@gluon.constexpr_function
+def next_power_of_two(number):
+    """The least one that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
 
 
 @gluon.constexpr_function
@@ -35,17 +43,15 @@ def tokens_layout(split, across, block_m):
 
 
 @gluon.constexpr_function
-def source_layout(split, across, block_m, slots):
-    """Of x where it is read from memory: as the product takes it, or as it is copied, 16 bytes a lane."""
-    if slots:
-        return gl.BlockedLayout([1, 1, 8], [1, 4, 8], [split, across, 1], [2, 1, 0])
-    return tokens_layout(split, across, block_m)
+def copy_layout(split, across):
+    """Of a step of x as it is copied, 16 bytes a lane."""
+    return gl.BlockedLayout([1, 1, 8], [1, 4, 8], [split, across, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
-def rows_layout(split, across, block_m, slots):
+def rows_layout(split, across):
     """Of the rows of x that a tile reads, ``[block_m]``."""
-    return gl.SliceLayout(0, gl.SliceLayout(2, source_layout(split, across, block_m, slots)))
+    return gl.SliceLayout(0, gl.SliceLayout(2, copy_layout(split, across)))
 
 
 @gluon.constexpr_function
@@ -94,21 +100,36 @@ def fetch(weight, rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.c
 
 
 @gluon.jit
-def source(x, x_rows, step, SPLIT: gl.constexpr, LAYOUT: gl.constexpr):
-    """Where the columns of x that belong to a step lie ``[SPLIT, BLOCK_M, 64]``, and which columns they are."""
-    part = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+def copy_row(row, K: gl.constexpr, SPLIT: gl.constexpr, LEAST_KIB: gl.constexpr):
+    """A row of x in shared memory, ``[steps, SPLIT, 1, 64]``, zero past the end of K. A barrier must follow.
+
+    LEAST_KIB of shared memory are taken at least.
+    """
+    STEPS: gl.constexpr = next_power_of_two((K // 64 + SPLIT - 1) // SPLIT)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 1, 8], [gl.num_warps(), 1, 1], [2, 1, 0])
+    unit = gl.arange(0, STEPS * SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    k = (step * SPLIT + part) * 64 + column
-    return x + x_rows[None, :, None] + k, k
+    STRAIGHT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    copied = gl.allocate_shared_memory(row.dtype.element_ty, [STEPS * SPLIT, 1, 64], STRAIGHT)
+    REST: gl.constexpr = LEAST_KIB - STEPS * SPLIT // 8
+    if REST > 0:
+        rest = gl.allocate_shared_memory(gl.int32, [REST, 256], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    k = unit * 64 + column
+    copy_async(copied, row + k, mask=k < K)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    if REST > 0:
+        rest._keep_alive()
+    return reinterpret(copied, row.dtype.element_ty, [STEPS, SPLIT, 1, 64], STRAIGHT)
 
 
 @gluon.jit
-def load_tokens(x, x_rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr, BLOCK_M: gl.constexpr):
-    """A step's columns of x, where the product takes them; zero past the end of K."""
-    where, k = source(x, x_rows, step, SPLIT, source_layout(SPLIT, ACROSS, BLOCK_M, 0))
-    if K // 64 % SPLIT == 0:
-        return gl.load(where)
-    return gl.load(where, mask=k < K, other=0.0)
+def tokens_of_row(row, step, ACROSS: gl.constexpr):
+    """A step's columns of a row, where the product takes them: as eight rows."""
+    SPLIT: gl.constexpr = row.shape[1]
+    LAYOUT: gl.constexpr = tokens_layout(SPLIT, ACROSS, 8)
+    tokens, like = gl.broadcast(row.index(step).load(LAYOUT), gl.zeros([SPLIT, 8, 64], row.dtype, layout=LAYOUT))
+    return tokens
 
 
 @gluon.jit
@@ -118,10 +139,13 @@ def copy_tokens(slot, x, x_rows, live, step, K: gl.constexpr, SPLIT: gl.constexp
     What is not copied becomes zero.
     """
     if step * SPLIT < K // 64:
-        where, k = source(x, x_rows, step, SPLIT, source_layout(SPLIT, ACROSS, slot.shape[1], 1))
+        LAYOUT: gl.constexpr = copy_layout(SPLIT, ACROSS)
+        part = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+        column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+        k = (step * SPLIT + part) * 64 + column
         # All columns, where no step ends past K: that only spreads the rows over them.
         inside = k >= 0 if K // 64 % SPLIT == 0 else k < K
-        copy_async(slot, where, mask=live[None, :, None] & inside)
+        copy_async(slot, x + x_rows[None, :, None] + k, mask=live[None, :, None] & inside)
     async_copy.commit_group()
 
 

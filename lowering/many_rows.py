@@ -10,7 +10,7 @@ the weight's rows (ACROSS); with few rows of x others take every second step of 
 
 Programs stay: there is one for each multiprocessor, or two. A *step* is DEEP units, 64 columns of K each, for one tile.
 Which tiles and steps are a program's own is in sharing.py; where several share a tile, the one that begins it adds, in
-order, the sums that the others have left in ``parts`` (epilogue.py). It waits only for programs that started before it.
+order, the sums that the others have left in ``parts`` (exchange.py). It waits only for programs that started before it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .arch import ManyRows
-from .epilogue import GROUP_ROWS, collect, finish, leave, meet, place_to_meet, sums_layout
+from .epilogue import GROUP_ROWS, finish, meet, place_to_meet, sums_layout
+from .exchange import collect, leave, places
 from .gather import by_expert
+from .launches import ManyRows
 from .loader import load
 from .operands import Schedule, Weight
 from .reference import NO_ACTIVATION
@@ -103,7 +104,7 @@ def multiply(
             turn += 1
         if PART == 0:
             if first > 0:
-                leave(acc, parts, share, GROUP, ACROSS)
+                leave(acc, parts, share, GROUP, ACROSS, SPLIT)
             else:
                 finish(acc, tile, tiles, plan, result, GROUP, ACROSS, ACTIVATION)
 
@@ -140,10 +141,12 @@ def product_kernel(
 ):
     """``out [M, N]`` of a dense product, or the rows of all blocks of experts, x then being sorted by expert.
 
-    parts float32 ``[programs, 64 ACROSS BM]``, flags int64 ``[programs, ACROSS]``: where programs leave sums to each
-    other; they may hold anything. With ``weights`` a row goes to ``out[order[row]]``, multiplied.
+    parts float32 ``[programs, 64 ACROSS BM]``, or twice that, and flags int64 ``[programs, ACROSS]``: where programs
+    leave sums to each other (exchange.py); they may hold anything. With ``weights`` a row goes to ``out[order[row]]``,
+    multiplied.
     """
     let_next_begin()
+    gl.static_assert(STAGES % SPLIT == 0, "a stage is always read by the same group of those that share K")
     STEPS: gl.constexpr = (K // UNIT_COLUMNS + DEEP - 1) // DEEP
     UNITS_OF_TILE: gl.constexpr = 4 * ACROSS
     columns = gl.cdiv(N, ACROSS * GROUP_ROWS)
@@ -261,8 +264,7 @@ def _product(
         bias,
         routing,
         out,
-        rows.new_empty(programs * launch.block_m * launch.block_n, dtype=torch.float32),
-        rows.new_empty(programs * launch.across, dtype=torch.int64),
+        *places(rows, programs, launch),
         plan.experts if plan else None,
         plan.order if plan else None,
         plan.ends if plan else None,

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from . import few_rows, many_rows
-from .arch import Arch, FewRows, ManyRows, Tile, rows_of_expert, target
+from .arch import Arch, Tile, rows_of_expert, target
 from .decode import natural_position, to_dot_order
+from .launches import FewRows, ManyRows
 from .operands import Schedule, Weight, has_dot_order, launch_for, rows_of
 from .reference import NO_ACTIVATION, expert_of_row
 from .schedule import schedule

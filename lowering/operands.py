@@ -8,7 +8,8 @@ import torch
 
 from fp4pass.errors import ArgumentError
 
-from .arch import Arch, FewRows, ManyRows, Tile
+from .arch import Arch, Tile
+from .launches import FewRows, ManyRows
 from .layout import FRAGMENTS
 
 

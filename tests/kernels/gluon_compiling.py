@@ -11,7 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from fp4pass.lowering import few_rows, gather, many_rows
-from fp4pass.lowering.arch import Arch, FewRows, ManyRows, Tile
+from fp4pass.lowering.arch import Arch, Tile
+from fp4pass.lowering.launches import FewRows, ManyRows
 
 from .compiling import compile_kernel, machine_code
 

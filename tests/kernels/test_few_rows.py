@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from fp4pass.lowering import arch
-from fp4pass.lowering.arch import FewRows
+from fp4pass.lowering.launches import FewRows, launches
 from fp4pass.lowering.layout import FRAGMENTS
 
 from . import gluon_compiling as compiling
@@ -19,10 +19,9 @@ DIRECT = HOPPER.launch(0, torch.bfloat16, FRAGMENTS, columns=64, depth=64, exper
 # A few addresses are put aside with long loops and, before Hopper, with much x: the most that Triton 3.6 and 3.9 leave,
 # by rows of x.
 MOST_SPILLS = {("dense", 8): 4, ("up", 16): 8, ("down", 32): 14}
-# A unit's codes are one load of 16 bytes a lane, past the L1 cache, its scales one of two. Tokens come as pairs of
-# columns, or through shared memory.
-CODES, SCALES, TOKENS = "LDG.E.128.STRONG.GPU", "LDG.E.U16", "LDG.E "
-COPIES = "LDGSTS.E.BYPASS.128"
+# A unit's codes are one load of 16 bytes a lane, past the L1 cache, its scales one of two. Tokens are copied into
+# shared memory.
+CODES, SCALES, TOKENS = "LDG.E.128.STRONG.GPU", "LDG.E.U16", "LDGSTS.E.BYPASS.128"
 
 
 def products(experts, launch):
@@ -39,14 +38,14 @@ def every_launch():
     """
     listed = set()
     for generation in sorted(arch.ARCHS.values(), key=lambda each: -each.sm):
-        for experts, launch in arch.launches(generation):
+        for experts, launch in launches(wgmma=generation.wgmma):
             if not isinstance(launch, FewRows):
                 continue
             again = (experts, launch) in listed and launch.block_m < 64
             listed.add((experts, launch))
             for product in products(experts, launch):
                 size = f"{launch.block_m}x16x{launch.across}"
-                name = f"sm{generation.sm}-{product}-{size}-{launch.warps}warps-{launch.slots}slots"
+                name = f"sm{generation.sm}-{product}-{size}-{launch.warps}warps-{launch.depth}steps-{launch.room}room"
                 yield pytest.param(
                     generation,
                     launch,
@@ -59,19 +58,12 @@ def every_launch():
 def compiled(generation, launch, product):
     """The fewest rows over 8192 columns, so that there is a loop; the others over as many as nano has."""
     if product == "dense":
-        k = 8192 if launch.block_m == 8 else compiling.HIDDEN
+        k = 8192 if launch.block_m <= 16 else compiling.HIDDEN
         return compiling.compile_linear(generation, launch, torch.bfloat16, k=k)
     return compiling.compile_experts(generation, launch, torch.bfloat16, product)
 
 
-def dense_launches(block_m):
-    found = [
-        launch
-        for experts, launch in arch.launches(HOPPER)
-        if isinstance(launch, FewRows) and not experts and launch.block_m == block_m
-    ]
-    assert found
-    return found
+DENSE = [each for experts, each in launches(wgmma=True) if isinstance(each, FewRows) and not experts]
 
 
 @pytest.mark.parametrize(("generation", "launch", "product"), every_launch())
@@ -82,12 +74,14 @@ def test_launch_compiles_within_shared_memory_and_registers(generation, launch, 
 
 
 def test_float16_without_bias_and_global_scale_compiles_within_registers():
-    kernel = compiling.compile_linear(HOPPER, dense_launches(8)[0], torch.float16, plain=True)
+    kernel = compiling.compile_linear(HOPPER, DENSE[0], torch.float16, plain=True)
     compiling.assert_fits(HOPPER, kernel)
     assert "fma.rn.f16x2" in kernel.asm["ptx"] and "bf16" not in kernel.asm["ptx"]
 
 
-EACH_DENSE = pytest.mark.parametrize("launch", dense_launches(8), ids=lambda launch: f"{launch}, early: {launch.early}")
+EACH_DENSE = pytest.mark.parametrize(
+    "launch", DENSE, ids=lambda launch: f"{launch}, {launch.depth} steps, {launch.room}"
+)
 
 
 @pytest.mark.parametrize("k", (compiling.HIDDEN, 8192))
@@ -126,19 +120,26 @@ def test_an_early_launch_reads_its_weight_before_it_waits_and_its_tokens_after(l
     if launch.early:
         codes = [place for place in compiling.places(code, CODES) if place < waits[0]]
         assert begins[0] < codes[0] and len(codes) == launch.depth
-        # The first load of 4 bytes is the global scale.
-        tokens = compiling.places(code, COPIES) if launch.slots else compiling.places(code, TOKENS)[1:]
-        assert waits[0] < min(tokens + compiling.places(code, "STG"))
+        assert waits[0] < min(compiling.places(code, TOKENS) + compiling.places(code, "STG"))
 
 
 @EACH_DENSE
-def test_x_with_slots_passes_through_shared_memory_once_for_all_warps(launch):
-    """16 bytes a lane at a time, four matrices of the tensor core at once, and a barrier for each step."""
+def test_x_passes_through_shared_memory_once_for_all_warps(launch):
+    """16 bytes a lane at a time, four matrices of the tensor core at once.
+
+    With several rows there is a barrier for each step, with one that is there as a whole none.
+    """
     k = 64 * launch.warps // launch.across * launch.depth  # so that no step is in a loop
     code = compiling.operations(compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k, plain=True))
-    copies, matrices = compiling.places(code, COPIES), compiling.places(code, "LDSM.16.M88.4")
-    assert bool(copies) == bool(launch.slots) != bool(compiling.places(code, TOKENS))
-    assert len(matrices) == (2 * launch.depth * launch.block_m // 8 if launch.slots else 0)
-    if launch.slots:
-        assert not [line for line in code if line.startswith("LDGSTS") and not line.startswith(COPIES)]
-        assert len(compiling.places(code, "BAR.SYNC")) > launch.depth
+    copies = [line for line in code if line.startswith("LDGSTS")]
+    assert len(copies) == launch.block_m * k // (8 * 32 * launch.warps)
+    assert all(line.startswith(TOKENS) for line in copies)
+    assert len(compiling.places(code, "LDSM.16.M88.4")) == 2 * launch.depth * max(1, launch.block_m // 8)
+    assert (len(compiling.places(code, "BAR.SYNC")) > launch.depth) == (launch.block_m > 1)
+
+
+def test_a_launch_with_room_for_some_programs_has_none_for_one_more():
+    (launch,) = (each for each in DENSE if each.room)
+    for k in (1024, 8192):
+        taken = compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k).metadata.shared
+        assert launch.room * (taken + 1024) <= 228 << 10 < (launch.room + 1) * (taken + 1024)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fp4pass.lowering import arch, layout, reference
+from fp4pass.lowering.launches import launches
 
 from .operands import activations, assert_within, weight
 
@@ -22,7 +23,7 @@ WITHIN = 0.0025
 ROWS = (1, 5, 12, 14, 17, 33, 65, 129, 257, 449)
 ROWS_OF_EXPERT = (0, *ROWS)
 # Their heights choose between the launches of dense products, and their depths; none is a multiple of a tile's.
-DENSE = [(n, k) for n in (208, 3088, 8208) for k in (192, 4160)] + [(8208, 8256), (65552, 192)]
+DENSE = [(n, k) for n in (208, 1040, 3088, 4240, 8208) for k in (192, 4160)] + [(8208, 8256), (65552, 192)]
 EXPERTS, WIDTHS = 3, (208, 192)
 
 
@@ -43,7 +44,7 @@ def one_for_each_launch(shapes, experts=False):
 def test_every_launch_is_among_them():
     met = {(False, each) for each in one_for_each_launch(DENSE)}
     met |= {(True, each) for each in one_for_each_launch([WIDTHS], experts=True)}
-    assert set(arch.launches(arch.target(torch.device(CUDA)))) <= met
+    assert set(launches(wgmma=arch.target(torch.device(CUDA)).wgmma)) <= met
 
 
 def test_dense_products_of_every_launch():

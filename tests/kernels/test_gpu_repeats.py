@@ -110,9 +110,9 @@ class Recorder:
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 8192), (1536, 2688), (16896, 1088), (17024, 1088)])
-def test_flags_of_shared_tiles_are_cleared_at_the_end(n, k, monkeypatch):
+def test_marks_of_shared_tiles_are_cleared_at_the_end(n, k, monkeypatch):
     """As many tiles as there are multiprocessors, fewer, and a few more."""
-    from fp4pass.lowering import epilogue, many_rows  # Which need Triton.
+    from fp4pass.lowering import exchange, many_rows  # Which need Triton.
 
     recorder = Recorder(many_rows.product_kernel)
     monkeypatch.setattr(many_rows, "product_kernel", recorder)
@@ -120,8 +120,9 @@ def test_flags_of_shared_tiles_are_cleared_at_the_end(n, k, monkeypatch):
     for rows in EACH_TILE:
         fp4pass.linear(normal(rows, k), *operands, None, ORDER)
     assert recorder.arguments
-    present = epilogue.PRESENT.value
-    assert not any((arguments["flags"] == present).any() for arguments in recorder.arguments)
+    for arguments in recorder.arguments:
+        for marks in (arguments["flags"], arguments["parts"].view(torch.int64)):
+            assert not (marks == exchange.PRESENT.value).any()
 
 
 def results(x, wide, operands, up, down, ids, weights):

@@ -1,0 +1,232 @@
+"""Launches of few_rows.py and many_rows.py, kernels of the layout ``fragments``: all there are, and which to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+ANY = 1 << 62
+
+# KiB of shared memory that a multiprocessor of SM90 has for all its programs.
+_SHARED_KIB = 228
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """A launch of few_rows.py: warps, steps under way at once, rows of x (1, or a multiple of 8).
+
+    ``across``: how many of the warps lie side by side along the weight's rows; the others split K. ``slots``: steps of
+    x in shared memory where it has several rows. ``room``: with one row, how many programs a multiprocessor of SM90
+    takes at most, 0 for as many as fit: more of them come unevenly to where the last kernel ended first. ``early``: it
+    begins to read its weight while the kernel before it ends (programmatic dependent launch, SM90).
+    """
+
+    warps: int
+    depth: int
+    block_m: int
+    across: int = 1
+    slots: int = 0
+    room: int = 0
+    early: bool = False
+
+    def __str__(self) -> str:
+        return f"few rows: {self.block_m}x{16 * self.across}, {self.warps} warps"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Keywords for its kernels. ``LEAST_KIB``: of shared memory, to be taken by a program."""
+        return {
+            "ACROSS": self.across,
+            "DEPTH": self.depth,
+            "BLOCK_M": self.block_m,
+            "SLOTS": self.slots,
+            "LEAST_KIB": -(-_SHARED_KIB // (self.room + 1)) if self.room else 0,
+            "num_warps": self.warps,
+        }
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """A launch of many_rows.py: rows of x in a tile, stages of its ring, programs on a multiprocessor.
+
+    ``room``: for how many programs a multiprocessor has registers; where for more than it gets of one kernel, those of
+    the next one load their first weights while it ends. ``deep``: how many times 64 columns a stage has. ``across``:
+    groups of multipliers side by side along the weight's rows, 64 each; ``split``: 2 where two such share the steps of
+    K.
+    """
+
+    block_m: int
+    stages: int
+    resident: int = 1
+    room: int = 1
+    deep: int = 2
+    across: int = 2
+    split: int = 1
+
+    def __str__(self) -> str:
+        return f"many rows: {self.block_m}x{self.block_n}, {self.stages} stages"
+
+    @property
+    def block_n(self) -> int:
+        """Rows of the weight in a tile."""
+        return 64 * self.across
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Keywords for its kernel. The warps are those of one group of multipliers.
+
+        ``maxnreg``: the groups of four warps, the loader's counted whole, share what a program gets; REGISTERS is what
+        LOADER leaves for each of the others. AT_ONCE of the sums of other programs, block_m / 2 registers each, fit in.
+        """
+        groups = self.across * self.split
+        share = min(255, 65536 // (128 * (groups + 1) * max(self.resident, self.room))) // 8 * 8
+        loader = 24
+        registers = min(240, (share * (groups + 1) - loader) // groups // 8 * 8)
+        return {
+            "BM": self.block_m,
+            "STAGES": self.stages,
+            "DEEP": self.deep,
+            "ACROSS": self.across,
+            "SPLIT": self.split,
+            "AT_ONCE": max(1, (256 if registers > 160 else 64) // self.block_m),
+            "REGISTERS": registers,
+            "LOADER": loader,
+            "num_warps": 4,
+            "maxnreg": share,
+        }
+
+
+Launches = tuple[tuple[int, FewRows | ManyRows], ...]
+"""Launches by the most rows of x that each is meant for."""
+
+# The fastest of those tried on an H200, each also held against float64 there. GPUs without wgmma have launches that are
+# compiled for them but not measured; more rows they take in tiles.
+_ONE = FewRows(4, 16, 1)
+_MMA_LOW = (
+    (1, _ONE),
+    (8, FewRows(8, 8, 8, slots=4)),
+    (16, FewRows(8, 8, 16, slots=4)),
+    (32, FewRows(4, 8, 32, slots=4)),
+)
+_MMA = (
+    (1, _ONE),
+    (8, FewRows(8, 8, 8, across=2, slots=4)),
+    (16, FewRows(8, 8, 16, across=2, slots=4)),
+    (32, FewRows(4, 4, 32, slots=4)),
+    (64, FewRows(4, 8, 64, across=4, slots=4)),
+)
+# Of a low weight two groups share K, and the next kernel begins beside them. The largest tile is the fastest where it
+# is full and there are enough of them.
+_MIDDLE, _LARGE = ManyRows(128, 4), ManyRows(256, 5, deep=1)
+_LOW_64 = ManyRows(64, 4, room=2, across=1, split=2)
+_FEW = (
+    (1, replace(_ONE, room=3)),
+    (8, ManyRows(8, 6, room=2, across=1, split=2)),
+    (16, ManyRows(16, 6, room=2, across=1, split=2)),
+    (32, ManyRows(32, 6, room=2, across=1, split=2)),
+    (64, _LOW_64),
+)
+_NARROW = (_FEW[0], *_MMA_LOW[1:3], *_FEW[3:], (256, _LOW_64), (1024, ManyRows(64, 4, room=2)), (2048, _MIDDLE))
+_LOW = (*_FEW, (128, ManyRows(64, 4, room=2)), (1024, _MIDDLE))
+_MEDIUM = (*_FEW, (128, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
+_HIGH = (*_FEW, (512, _MIDDLE))
+_WIDE_SHORT = (
+    (1, _ONE),
+    (8, ManyRows(8, 6, 2, across=1, split=2)),
+    (16, ManyRows(16, 6, 2, across=1, split=2)),
+    (32, ManyRows(32, 4, 2)),
+    (64, ManyRows(64, 4, room=2)),
+    (384, _MIDDLE),
+)
+_WIDE_MANY = ((64, ManyRows(64, 3, 2)), (128, _MIDDLE), (256, _LARGE), (384, _MIDDLE))
+_WIDE = (
+    (1, FewRows(4, 8, 1)),
+    *_WIDE_SHORT[1:3],
+    (32, ManyRows(32, 6, 2, across=1, split=2)),
+    *_WIDE_MANY,
+)
+_WIDE_LONG = (
+    (1, FewRows(8, 8, 8, across=2, slots=4)),
+    (8, ManyRows(8, 6, split=2)),
+    (16, ManyRows(16, 6, split=2)),
+    (32, ManyRows(32, 6, split=2)),
+    *_WIDE_MANY,
+)
+_HUGE = (
+    (8, ManyRows(8, 6, 2)),
+    (16, ManyRows(16, 6, 2)),
+    (32, ManyRows(32, 5, across=4)),
+    (64, ManyRows(64, 5, across=4)),
+    (128, _MIDDLE),
+)
+# Of experts' rows that is how many to expect: some have more. Slots that run by themselves have none.
+_FEW_OF_EXPERTS = ((0, FewRows(4, 4, 1)), (8, FewRows(4, 8, 8, across=4, slots=8)))
+_MMA_EXPERTS = (
+    *_FEW_OF_EXPERTS,
+    (16, FewRows(4, 8, 16, across=4, slots=8)),
+    (32, FewRows(4, 8, 32, across=4, slots=4)),
+)
+_EXPERTS = (
+    *_FEW_OF_EXPERTS,
+    (12, FewRows(4, 8, 16, across=4, slots=8)),
+    (16, ManyRows(16, 8, 2)),
+    (32, ManyRows(32, 4, 2)),
+    (64, ManyRows(64, 3, 2)),
+    (128, _MIDDLE),
+)
+# Rows of a weight. Up to the third number two rows of tiles fill the multiprocessors of an H200 once.
+_BELOW_LOW, _BELOW_MEDIUM, _BELOW_HIGH, _BELOW_WIDE, _BELOW_HUGE = 768, 3072, 4225, 8192, 65536
+# Its columns.
+_BELOW_USUAL, _BELOW_LONG = 4096, 8192
+# A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
+_HEAVY = 1 << 26
+# Triton 3.6 does not compile many_rows.py for a single step.
+_LEAST_DEPTH = 192
+
+
+def launch(rows: int, columns: int, depth: int, *, experts: bool, wgmma: bool) -> FewRows | ManyRows | None:
+    """The launch for ``rows`` of x and a weight ``[columns, depth]``; None where there is none.
+
+    For ``experts`` these are the rows to expect of one. ``wgmma``: whether the GPU has it.
+    """
+    for most, found in _completed(_table(columns, depth, experts=experts, wgmma=wgmma), wgmma=wgmma):
+        if isinstance(found, ManyRows) and depth < _LEAST_DEPTH:
+            return None
+        if rows <= most:
+            return _early(found, experts=experts, wgmma=wgmma)
+    return None
+
+
+def launches(*, wgmma: bool) -> Iterator[tuple[bool, FewRows | ManyRows]]:
+    """Every launch that there is for such GPUs, once: (of experts, launch)."""
+    dense = (_NARROW, _LOW, _MEDIUM, _HIGH, _WIDE_SHORT, _WIDE, _WIDE_LONG, _HUGE) if wgmma else (_MMA_LOW, _MMA)
+    tables = [(False, table) for table in dense] + [(True, _EXPERTS if wgmma else _MMA_EXPERTS)]
+    found = {
+        (experts, _early(each, experts=experts, wgmma=wgmma))
+        for experts, table in tables
+        for _, each in _completed(table, wgmma=wgmma)
+    }
+    yield from sorted(found, key=str)
+
+
+def _table(columns: int, depth: int, *, experts: bool, wgmma: bool) -> Launches:
+    if experts:
+        return _EXPERTS if wgmma else _MMA_EXPERTS
+    wide = columns >= _BELOW_WIDE or columns * depth >= _HEAVY
+    if not wgmma:
+        return _MMA_LOW if columns < _BELOW_MEDIUM and not wide else _MMA
+    if columns >= _BELOW_HUGE:
+        return _HUGE
+    if wide:
+        return _WIDE_SHORT if depth < _BELOW_USUAL else _WIDE if depth < _BELOW_LONG else _WIDE_LONG
+    if columns < _BELOW_MEDIUM:
+        return _NARROW if columns < _BELOW_LOW else _LOW
+    return _MEDIUM if columns < _BELOW_HIGH else _HIGH
+
+
+def _completed(table: Launches, *, wgmma: bool) -> Launches:
+    return (*table, (ANY, _LARGE)) if wgmma else table
+
+
+def _early(found: FewRows | ManyRows, *, experts: bool, wgmma: bool) -> FewRows | ManyRows:
+    return replace(found, early=True) if isinstance(found, FewRows) and wgmma and not experts else found
