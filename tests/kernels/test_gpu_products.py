@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp4pass.lowering import arch, layout, reference
+from fp4pass.lowering import arch, layout, ops, reference
 from fp4pass.lowering.arch import rows_of_expert
 from fp4pass.lowering.launches import launches
 
@@ -151,6 +151,25 @@ def test_linear_meets_the_oracle_at_the_other_launches_widths(n, k, dtype):
         exact = exact_linear(x * 2**-6, *operands)
         for rows in EACH_TILE:
             assert_within(fp4pass.linear(x[:rows] * 2**-6, *operands, None, ORDER), exact[:rows], DENSE[dtype], rows)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_launches_for_gpus_without_wgmma_meet_the_oracle(dtype):
+    """They run on any; what they are compiled to there is tested without a GPU."""
+    ampere = arch.ARCHS[80]
+    kernels = {name: ops.kernels(name) for name in ("linear", "experts")}
+    for n, k in ((1040, 2112), (4112, 1088)):
+        operands, x = dense(n, k), normal(70, k, dtype=dtype)
+        exact = exact_linear(x, *operands)
+        for rows in (1, 2, 8, 9, 16, 20, 32, 33, 64, 70):
+            result = kernels["linear"].linear(x[:rows], *operands, None, ORDER, arch=ampere)
+            assert_within(result, exact[:rows], DENSE[dtype], (n, rows))
+    up, down = block(8, 832, 320)
+    for tokens in (1, 20, 40, 80, 200):
+        ids, weights = routed(tokens, 2, 8)
+        x = normal(tokens, 832, dtype=dtype)
+        result = kernels["experts"].experts(x, ids, weights, *up, *down, "relu2", ORDER, arch=ampere)
+        assert_within(result, exact_experts(x, ids, weights, up, down), NARROW * MOE[dtype], tokens)
 
 
 @pytest.mark.parametrize("rows", EACH_TILE)
