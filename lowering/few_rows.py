@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .decode import undo_factor
 from .launches import FewRows
-from .loads import copy_row, copy_tokens, fetch, memory_layout, next_tokens, rows_layout, slot_layout, tokens_of_row
+from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout
 from .operands import Schedule, Weight
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
@@ -95,38 +95,23 @@ def stream_product(
     if EARLY:
         # Weights are there before any kernel runs; x may be what the last one writes.
         wait_for_last()
-    slots = ()
-    tokens = ()
-    if BLOCK_M == 1:
-        row = copy_row(x + x_rows, K, SPLIT, LEAST_KIB)
-    else:
-        for _ in gl.static_range(SLOTS):
-            slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)
-        for step in gl.static_range(SLOTS - 1):
-            copy_tokens(slots[step], x, x_rows, live, step, K, SPLIT, ACROSS)
+    slots = first_tokens(x, x_rows, live, K, SPLIT, ACROSS, BLOCK_M, SLOTS, LEAST_KIB)
     held = zero_behind_a_barrier(SPLIT, ACROSS)
     acc = gl.zeros([SPLIT, 16 * ACROSS, rows_of_tile(BLOCK_M)], gl.float32, layout=sums_layout(SPLIT, ACROSS))
     for turn in range(ROUNDS):
         fresh = ()
         for place in gl.static_range(RING):
             now = turn * RING + place
-            if BLOCK_M == 1:
-                tokens = tokens + (tokens_of_row(row, now, ACROSS),)
-            else:
-                tokens = tokens + (next_tokens(x, x_rows, live, now, place, slots, K, SPLIT, ACROSS),)
-            acc = multiply(acc, ring[place], tokens[place], held)
+            tokens = next_tokens(slots, x, x_rows, live, now, place, K, SPLIT, ACROSS, BLOCK_M)
+            acc = multiply(acc, ring[place], tokens, held)
             fresh = fresh + (fetch(weight, rows, now + RING, K, SPLIT, ACROSS),)
         ring = fresh
-        tokens = tokens[RING:]
     DONE: gl.constexpr = ROUNDS * RING
     for step in gl.static_range(DONE + RING, STEPS):
         ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS),)
     for place in gl.static_range(STEPS - DONE):
-        if BLOCK_M == 1:
-            tokens = tokens + (tokens_of_row(row, DONE + place, ACROSS),)
-        else:
-            tokens = tokens + (next_tokens(x, x_rows, live, DONE + place, DONE + place, slots, K, SPLIT, ACROSS),)
-        acc = multiply(acc, ring[place], tokens[place], held)
+        tokens = next_tokens(slots, x, x_rows, live, DONE + place, place, K, SPLIT, ACROSS, BLOCK_M)
+        acc = multiply(acc, ring[place], tokens, held)
     return gl.sum(acc, axis=0)
 
 

@@ -1,9 +1,9 @@
-# ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
+# ruff: noqa: ANN001, ANN201, RUF005  (kernels: Triton types the parameters, and compiles no starred tuple)
 
 """How few_rows.py reads: units of the weight, each warp its own, and the columns of x that belong to them.
 
-A *step* is SPLIT units along K of ACROSS rows of units, one for each warp. x comes straight into the registers of the
-warps that multiply it, or through shared memory, a *slot* for each step.
+A *step* is SPLIT units along K of ACROSS rows of units, one for each warp. x comes through shared memory: a single row
+as a whole, several rows a step at a time, each into a *slot*.
 """
 
 from __future__ import annotations
@@ -101,10 +101,7 @@ def fetch(weight, rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.c
 
 @gluon.jit
 def copy_row(row, K: gl.constexpr, SPLIT: gl.constexpr, LEAST_KIB: gl.constexpr):
-    """A row of x in shared memory, ``[steps, SPLIT, 1, 64]``, zero past the end of K. A barrier must follow.
-
-    LEAST_KIB of shared memory are taken at least.
-    """
+    """A row of x in shared memory, ``[steps, SPLIT, 1, 64]``, zero past the end of K. LEAST_KIB are taken at least."""
     STEPS: gl.constexpr = next_power_of_two((K // 64 + SPLIT - 1) // SPLIT)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 1, 8], [gl.num_warps(), 1, 1], [2, 1, 0])
     unit = gl.arange(0, STEPS * SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
@@ -124,17 +121,8 @@ def copy_row(row, K: gl.constexpr, SPLIT: gl.constexpr, LEAST_KIB: gl.constexpr)
 
 
 @gluon.jit
-def tokens_of_row(row, step, ACROSS: gl.constexpr):
-    """A step's columns of a row, where the product takes them: as eight rows."""
-    SPLIT: gl.constexpr = row.shape[1]
-    LAYOUT: gl.constexpr = tokens_layout(SPLIT, ACROSS, 8)
-    tokens, like = gl.broadcast(row.index(step).load(LAYOUT), gl.zeros([SPLIT, 8, 64], row.dtype, layout=LAYOUT))
-    return tokens
-
-
-@gluon.jit
 def copy_tokens(slot, x, x_rows, live, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
-    """The same on its way into a slot of shared memory, of ``live`` rows. Past the last step there is nothing to copy.
+    """A step's columns of ``live`` rows of x on their way into a slot. Past the last step there is nothing to copy.
 
     What is not copied becomes zero.
     """
@@ -150,11 +138,58 @@ def copy_tokens(slot, x, x_rows, live, step, K: gl.constexpr, SPLIT: gl.constexp
 
 
 @gluon.jit
-def next_tokens(x, x_rows, live, step, place, slots, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
-    """A step's columns of x out of its slot, the last but one to be copied; the last goes on its way."""
-    SLOTS: gl.constexpr = len(slots)
-    # Behind the wait stands a barrier: every warp's copies are there, and every warp has read the step before.
-    async_copy.wait_group(SLOTS - 2)
-    tokens = slots[place % SLOTS].load(tokens_layout(SPLIT, ACROSS, slots[0].shape[1]))
-    copy_tokens(slots[(place + SLOTS - 1) % SLOTS], x, x_rows, live, step + SLOTS - 1, K, SPLIT, ACROSS)
+def first_tokens(
+    x,
+    x_rows,
+    live,
+    K: gl.constexpr,
+    SPLIT: gl.constexpr,
+    ACROSS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    SLOTS: gl.constexpr,
+    LEAST_KIB: gl.constexpr,
+):
+    """What ``next_tokens`` reads: a row as a whole, or SLOTS slots for BLOCK_M rows, all but one with x on its way.
+
+    Before the first read there must be a barrier.
+    """
+    if BLOCK_M == 1:
+        return copy_row(x + x_rows, K, SPLIT, LEAST_KIB)
+    else:
+        slots = ()
+        for _ in gl.static_range(SLOTS):
+            slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)
+        for step in gl.static_range(SLOTS - 1):
+            copy_tokens(slots[step], x, x_rows, live, step, K, SPLIT, ACROSS)
+        return slots
+
+
+@gluon.jit
+def next_tokens(
+    slots,
+    x,
+    x_rows,
+    live,
+    step,
+    place,
+    K: gl.constexpr,
+    SPLIT: gl.constexpr,
+    ACROSS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):
+    """A step's columns of x, where the product takes them: ``[SPLIT, rows, 64]``, of a single row eight copies.
+
+    ``place``: the step's number, or one that differs by a multiple of the slots. These go round: the step whose slot
+    comes last goes on its way.
+    """
+    if BLOCK_M == 1:
+        LAYOUT: gl.constexpr = tokens_layout(SPLIT, ACROSS, 8)
+        like = gl.zeros([SPLIT, 8, 64], slots.dtype, layout=LAYOUT)
+        tokens, like = gl.broadcast(slots.index(step).load(LAYOUT), like)
+    else:
+        SLOTS: gl.constexpr = len(slots)
+        # Behind the wait stands a barrier: every warp's copies are there, and every warp has read the step before.
+        async_copy.wait_group(SLOTS - 2)
+        tokens = slots[place % SLOTS].load(tokens_layout(SPLIT, ACROSS, BLOCK_M))
+        copy_tokens(slots[(place + SLOTS - 1) % SLOTS], x, x_rows, live, step + SLOTS - 1, K, SPLIT, ACROSS)
     return tokens
