@@ -29,8 +29,8 @@ def in_packets(bm, split):
     """Whether sums travel in packets. While they wait, all threads look for theirs.
 
     That pays on an H200 up to 16 rows of x where two groups share K: 0.4 us less of 5. Where one group has to collect
-    from all others, the waiting disturbs those that still work (0.8 us more of 16); from 32 rows on so many packets take
-    longer than the flag (64 rows: 1.6 us more of 7).
+    from all others, the waiting disturbs those that still work (0.8 us more of 16); from 32 rows on so many packets
+    take longer than the flag (64 rows: 1.6 us more of 7).
     """
     return bm <= 16 and split == 2
 

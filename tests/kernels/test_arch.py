@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from fp4pass.errors import DeviceError
 from fp4pass.lowering import arch
+from fp4pass.lowering.launches import launch, launches
+from fp4pass.lowering.layout import FRAGMENTS
+
+# Weights of every kind that launches are told apart by.
+HEIGHTS, DEPTHS = (16, 768, 3072, 4240, 8192, 65536), (192, 4096, 8192)
 
 
 @pytest.mark.parametrize(("sm", "settings"), [(80, 80), (86, 86), (87, 86), (89, 89), (90, 90)])
@@ -40,6 +47,27 @@ def test_a_tile_holds_the_rows_that_it_is_picked_for_up_to_the_widest():
             widest = generation.tile(1 << 20, dtype).block_m
             for rows in range(1, 300):
                 assert generation.tile(rows, dtype).block_m >= min(rows, widest)
+
+
+def test_several_rows_are_never_read_one_by_one():
+    """Each would be read with the whole weight."""
+    for generation, columns, depth in itertools.product(arch.ARCHS.values(), HEIGHTS, DEPTHS):
+        one, *more = (
+            generation.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth) for rows in range(1, 40)
+        )
+        assert one.block_m <= 8
+        assert all(each.block_m > 1 for each in more)
+
+
+@pytest.mark.parametrize("wgmma", (False, True))
+def test_every_launch_is_taken_for_some_rows_and_no_other(wgmma):
+    """Each has the most rows that it is meant for: out of order, one would never be taken."""
+    taken = {
+        (experts, launch(rows, columns, depth, experts=experts, wgmma=wgmma))
+        for experts, columns, depth in itertools.product((False, True), HEIGHTS, DEPTHS)
+        for rows in (*range(130), 256, 384, 512, 1024, 2048, 4096)
+    }
+    assert set(launches(wgmma=wgmma)) == {(experts, each) for experts, each in taken if each is not None}
 
 
 def test_splits_fill_the_gpu_and_keep_steps_together():

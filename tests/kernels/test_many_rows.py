@@ -64,7 +64,8 @@ def test_launch_compiles_within_shared_memory_and_registers(launch, product):
     kernel = compiled(launch, product)
     size = (launch.block_m, product, launch.across * launch.split)
     compiling.assert_fits(HOPPER, kernel, spills=MOST_SPILLS.get(size, 0))
-    assert kernel.metadata.shared * launch.resident <= HOPPER.shared_memory
+    # A multiprocessor has 228 KiB and keeps one of them for each program.
+    assert (kernel.metadata.shared + 1024) * max(launch.resident, launch.room) <= 228 << 10
 
 
 def test_float16_with_the_fewest_steps_compiles_within_registers():
