@@ -79,8 +79,9 @@ def test_float16_without_bias_and_global_scale_compiles_within_registers():
     assert "fma.rn.f16x2" in kernel.asm["ptx"] and "bf16" not in kernel.asm["ptx"]
 
 
+# All tests of a launch follow each other: it is compiled and taken apart once.
 EACH_DENSE = pytest.mark.parametrize(
-    "launch", DENSE, ids=lambda launch: f"{launch}, {launch.depth} steps, {launch.room}"
+    "launch", DENSE, ids=lambda launch: f"{launch}, {launch.depth} steps, {launch.room}", scope="module"
 )
 
 

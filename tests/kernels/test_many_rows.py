@@ -31,7 +31,10 @@ CASES = [
     # Without bias and scale there is only less to hold: that is tried where registers are fewest.
     for product in (("up", "down") if experts else ("dense", "plain") if launch.block_m >= 256 else ("dense",))
 ]
-EACH = pytest.mark.parametrize(("launch", "product"), CASES, ids=lambda value: str(value).replace(" ", "-"))
+# All tests of a launch follow each other: it is compiled and taken apart once.
+EACH = pytest.mark.parametrize(
+    ("launch", "product"), CASES, ids=lambda value: str(value).replace(" ", "-"), scope="module"
+)
 
 
 def compiled(launch, product):
