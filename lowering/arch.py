@@ -10,7 +10,7 @@ import torch
 
 from fp4pass.errors import DeviceError
 
-from .launches import ANY, FewRows, ManyRows, launch
+from .launches import ANY, LEAST_WIDE, FewRows, ManyRows, launch
 from .layout import FRAGMENTS
 
 FIRST_SM, FIRST_NATIVE_SM = 80, 100
@@ -51,7 +51,7 @@ _FEW_ROWS = ((16, Tile(16, 64, 128, 4, 4)), (32, Tile(32, 64, 128, 4, 4)))
 _WGMMA = (*_FEW_ROWS, (64, Tile(64, 64, 128, 4, 3)), (128, Tile(128, 64, 128, 4, 3)), (ANY, Tile(128, 128, 64, 4, 3)))
 _WGMMA_EXPERTS = (*_FEW_ROWS, (ANY, Tile(64, 128, 64, 4, 4)))
 # One row of a wide weight reads it faster in taller tiles.
-_WGMMA_FEW_ROWS_WIDE, _WIDE = Tile(16, 128, 128, 4, 3), 8192
+_WGMMA_FEW_ROWS_WIDE = Tile(16, 128, 128, 4, 3)
 # Without: x is in registers too, so that the wide tiles need 8 warps or less width. Chosen to compile without spills.
 _MMA = (*_FEW_ROWS, (64, Tile(64, 64, 128, 4, 3)), (ANY, Tile(128, 128, 64, 8, 3)))
 _MMA_EXPERTS = (*_FEW_ROWS, (ANY, Tile(64, 64, 128, 4, 3)))
@@ -86,7 +86,7 @@ class Arch:
 
         columns: how many rows the weight has, where that is known.
         """
-        if columns >= _WIDE and rows <= 16 and self.wgmma and not experts and dtype != torch.float32:
+        if columns >= LEAST_WIDE and rows <= 16 and self.wgmma and not experts and dtype != torch.float32:
             return _WGMMA_FEW_ROWS_WIDE
         return next(tile for most, tile in self.tiles(dtype, experts=experts) if rows <= most)
 
@@ -193,7 +193,7 @@ def configurations(arch: Arch) -> Iterator[tuple[str, torch.dtype, Tile]]:
     """
     for dtype in DTYPES:
         yield from (("product", dtype, tile) for _, tile in arch.tiles(dtype))
-        if (wide := arch.tile(1, dtype, columns=_WIDE)) != arch.tile(1, dtype):
+        if (wide := arch.tile(1, dtype, columns=LEAST_WIDE)) != arch.tile(1, dtype):
             yield "product", dtype, wide
         yield from (("experts", dtype, tile) for _, tile in arch.tiles(dtype, experts=True))
         yield "backward", dtype, arch.backward_tile(dtype)

@@ -99,15 +99,18 @@ class ManyRows:
 Launches = tuple[tuple[int, FewRows | ManyRows], ...]
 """Launches by the most rows of x that each is meant for."""
 
+
+def _dense_on_hopper(*launches: tuple[int, FewRows | ManyRows]) -> Launches:
+    """These, those for few rows early, and the largest tile for all further rows."""
+    early = ((most, replace(each, early=True) if isinstance(each, FewRows) else each) for most, each in launches)
+    return (*early, (ANY, _LARGE))
+
+
 # The fastest of those tried on an H200, each also held against float64 there. GPUs without wgmma have launches that are
 # compiled for them but not measured; more rows they take in tiles.
 _ONE = FewRows(4, 16, 1)
-_MMA_LOW = (
-    (1, _ONE),
-    (8, FewRows(8, 8, 8, slots=4)),
-    (16, FewRows(8, 8, 16, slots=4)),
-    (32, FewRows(4, 8, 32, slots=4)),
-)
+_LOW_FEW = ((8, FewRows(8, 8, 8, slots=4)), (16, FewRows(8, 8, 16, slots=4)))
+_MMA_LOW = ((1, _ONE), *_LOW_FEW, (32, FewRows(4, 8, 32, slots=4)))
 _MMA = (
     (1, _ONE),
     (8, FewRows(8, 8, 8, across=2, slots=4)),
@@ -118,41 +121,34 @@ _MMA = (
 # Of a low weight two groups share K, and the next kernel begins beside them. The largest tile is the fastest where it
 # is full and there are enough of them.
 _MIDDLE, _LARGE = ManyRows(128, 4), ManyRows(256, 5, deep=1)
-_LOW_64 = ManyRows(64, 4, room=2, across=1, split=2)
-_FEW = (
-    (1, replace(_ONE, room=3)),
+_LOW_ONE, _LOW_64 = replace(_ONE, room=3), ManyRows(64, 4, room=2, across=1, split=2)
+_LOW_MANY = ((32, ManyRows(32, 6, room=2, across=1, split=2)), (64, _LOW_64))
+_UP_TO_64 = (
+    (1, _LOW_ONE),
     (8, ManyRows(8, 6, room=2, across=1, split=2)),
     (16, ManyRows(16, 6, room=2, across=1, split=2)),
-    (32, ManyRows(32, 6, room=2, across=1, split=2)),
-    (64, _LOW_64),
+    *_LOW_MANY,
 )
-_NARROW = (_FEW[0], *_MMA_LOW[1:3], *_FEW[3:], (256, _LOW_64), (1024, ManyRows(64, 4, room=2)), (2048, _MIDDLE))
-_LOW = (*_FEW, (128, ManyRows(64, 4, room=2)), (1024, _MIDDLE))
-_MEDIUM = (*_FEW, (128, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
-_HIGH = (*_FEW, (512, _MIDDLE))
-_WIDE_SHORT = (
-    (1, _ONE),
-    (8, ManyRows(8, 6, 2, across=1, split=2)),
-    (16, ManyRows(16, 6, 2, across=1, split=2)),
-    (32, ManyRows(32, 4, 2)),
-    (64, ManyRows(64, 4, room=2)),
-    (384, _MIDDLE),
+_NARROW = _dense_on_hopper(
+    (1, _LOW_ONE), *_LOW_FEW, *_LOW_MANY, (256, _LOW_64), (1024, ManyRows(64, 4, room=2)), (2048, _MIDDLE)
+)
+_LOW = _dense_on_hopper(*_UP_TO_64, (128, ManyRows(64, 4, room=2)), (1024, _MIDDLE))
+_MEDIUM = _dense_on_hopper(*_UP_TO_64, (128, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
+_HIGH = _dense_on_hopper(*_UP_TO_64, (512, _MIDDLE))
+_WIDE_FEW = ((8, ManyRows(8, 6, 2, across=1, split=2)), (16, ManyRows(16, 6, 2, across=1, split=2)))
+_WIDE_SHORT = _dense_on_hopper(
+    (1, _ONE), *_WIDE_FEW, (32, ManyRows(32, 4, 2)), (64, ManyRows(64, 4, room=2)), (384, _MIDDLE)
 )
 _WIDE_MANY = ((64, ManyRows(64, 3, 2)), (128, _MIDDLE), (256, _LARGE), (384, _MIDDLE))
-_WIDE = (
-    (1, FewRows(4, 8, 1)),
-    *_WIDE_SHORT[1:3],
-    (32, ManyRows(32, 6, 2, across=1, split=2)),
-    *_WIDE_MANY,
-)
-_WIDE_LONG = (
+_WIDE = _dense_on_hopper((1, FewRows(4, 8, 1)), *_WIDE_FEW, (32, ManyRows(32, 6, 2, across=1, split=2)), *_WIDE_MANY)
+_WIDE_LONG = _dense_on_hopper(
     (1, FewRows(8, 8, 8, across=2, slots=4)),
     (8, ManyRows(8, 6, split=2)),
     (16, ManyRows(16, 6, split=2)),
     (32, ManyRows(32, 6, split=2)),
     *_WIDE_MANY,
 )
-_HUGE = (
+_HUGE = _dense_on_hopper(
     (8, ManyRows(8, 6, 2)),
     (16, ManyRows(16, 6, 2)),
     (32, ManyRows(32, 5, across=4)),
@@ -173,11 +169,13 @@ _EXPERTS = (
     (32, ManyRows(32, 4, 2)),
     (64, ManyRows(64, 3, 2)),
     (128, _MIDDLE),
+    (ANY, _LARGE),
 )
-# Rows of a weight. Up to the third number two rows of tiles fill the multiprocessors of an H200 once.
-_BELOW_LOW, _BELOW_MEDIUM, _BELOW_HIGH, _BELOW_WIDE, _BELOW_HUGE = 768, 3072, 4225, 8192, 65536
+# From how many rows on a weight is low, medium and so on; below that it is narrow. Up to medium ones two rows of tiles
+# fill the multiprocessors of an H200 at most once.
+_LEAST_LOW, _LEAST_MEDIUM, _LEAST_HIGH, LEAST_WIDE, _LEAST_HUGE = 768, 3072, 4225, 8192, 65536
 # Its columns.
-_BELOW_USUAL, _BELOW_LONG = 4096, 8192
+_LEAST_USUAL, _LEAST_LONG = 4096, 8192
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
 # Triton 3.6 does not compile many_rows.py for a single step.
@@ -189,11 +187,11 @@ def launch(rows: int, columns: int, depth: int, *, experts: bool, wgmma: bool) -
 
     For ``experts`` these are the rows to expect of one. ``wgmma``: whether the GPU has it.
     """
-    for most, found in _completed(_table(columns, depth, experts=experts, wgmma=wgmma), wgmma=wgmma):
+    for most, found in _table(columns, depth, experts=experts, wgmma=wgmma):
         if isinstance(found, ManyRows) and depth < _LEAST_DEPTH:
             return None
         if rows <= most:
-            return _early(found, experts=experts, wgmma=wgmma)
+            return found
     return None
 
 
@@ -201,32 +199,19 @@ def launches(*, wgmma: bool) -> Iterator[tuple[bool, FewRows | ManyRows]]:
     """Every launch that there is for such GPUs, once: (of experts, launch)."""
     dense = (_NARROW, _LOW, _MEDIUM, _HIGH, _WIDE_SHORT, _WIDE, _WIDE_LONG, _HUGE) if wgmma else (_MMA_LOW, _MMA)
     tables = [(False, table) for table in dense] + [(True, _EXPERTS if wgmma else _MMA_EXPERTS)]
-    found = {
-        (experts, _early(each, experts=experts, wgmma=wgmma))
-        for experts, table in tables
-        for _, each in _completed(table, wgmma=wgmma)
-    }
-    yield from sorted(found, key=str)
+    yield from sorted({(experts, found) for experts, table in tables for _, found in table}, key=str)
 
 
 def _table(columns: int, depth: int, *, experts: bool, wgmma: bool) -> Launches:
     if experts:
         return _EXPERTS if wgmma else _MMA_EXPERTS
-    wide = columns >= _BELOW_WIDE or columns * depth >= _HEAVY
+    wide = columns >= LEAST_WIDE or columns * depth >= _HEAVY
     if not wgmma:
-        return _MMA_LOW if columns < _BELOW_MEDIUM and not wide else _MMA
-    if columns >= _BELOW_HUGE:
+        return _MMA_LOW if columns < _LEAST_MEDIUM and not wide else _MMA
+    if columns >= _LEAST_HUGE:
         return _HUGE
     if wide:
-        return _WIDE_SHORT if depth < _BELOW_USUAL else _WIDE if depth < _BELOW_LONG else _WIDE_LONG
-    if columns < _BELOW_MEDIUM:
-        return _NARROW if columns < _BELOW_LOW else _LOW
-    return _MEDIUM if columns < _BELOW_HIGH else _HIGH
-
-
-def _completed(table: Launches, *, wgmma: bool) -> Launches:
-    return (*table, (ANY, _LARGE)) if wgmma else table
-
-
-def _early(found: FewRows | ManyRows, *, experts: bool, wgmma: bool) -> FewRows | ManyRows:
-    return replace(found, early=True) if isinstance(found, FewRows) and wgmma and not experts else found
+        return _WIDE_SHORT if depth < _LEAST_USUAL else _WIDE if depth < _LEAST_LONG else _WIDE_LONG
+    if columns < _LEAST_MEDIUM:
+        return _NARROW if columns < _LEAST_LOW else _LOW
+    return _MEDIUM if columns < _LEAST_HIGH else _HIGH
