@@ -94,6 +94,5 @@ def test_explaining_does_not_use_up_the_compiles_of_a_function():
     torch.compile(product, backend="eager", fullgraph=True)(x, layers[0])  # raises beyond dynamo's limit of compiles
 
 
-def test_with_any_number_of_tokens_a_block_is_found_whole(bare):
-    told = explained(bare.model.layers[1], on_meta(1, 20, 80, dtype=torch.bfloat16), 90, dynamic=True)
-    assert_whole(told, ops={"fp4pass.linear": 2, "fp4pass.experts": 1})
+def test_with_any_number_of_tokens_blocks_are_found_whole(bare):
+    assert_whole(explained(bare, on_meta(1, 20), 90, use_cache=False, dynamic=True))
