@@ -117,16 +117,14 @@ def test_tiles_come_by_the_copy_engine(launch, product):
     assert not compiling.places(code, "LDGSTS")
 
 
-IN_PACKETS = [launch for launch, _ in CASES if exchange.in_packets(launch.block_m, launch.split)]
-
-
-@pytest.mark.parametrize("launch", IN_PACKETS, ids=str)
-def test_packets_of_sums_are_written_and_read_as_a_whole(launch):
-    """A packet is there when its mark is: a load or store in two parts could tear it."""
-    code = compiling.operations(compiled(launch, "dense"))
-    packets = exchange.packets_of_thread(launch.block_m)
+@EACH
+def test_packets_of_sums_are_written_and_read_as_a_whole(launch, product):
+    """A packet is there when its mark is: a load or store in two parts could tear it. Sums with a flag need none."""
+    code = compiling.operations(compiled(launch, product))
+    packets = exchange.packets_of_thread(launch.block_m) if exchange.in_packets(launch.block_m, launch.split) else 0
     collectors, leavers = launch.across * launch.split, launch.across
-    assert len(compiling.places(code, "LDG.E.128.STRONG.GPU")) == packets * collectors
+    if packets:
+        assert len(compiling.places(code, "LDG.E.128.STRONG.GPU")) == packets * collectors
     assert len(compiling.places(code, "STG.E.128.STRONG.GPU")) == packets * leavers
     # Marks alone are cleared.
     assert len(compiling.places(code, "STG.E.64.STRONG.GPU")) == packets * collectors
