@@ -109,8 +109,12 @@ def _dense_on_hopper(*launches: tuple[int, FewRows | ManyRows]) -> Launches:
 # The fastest of those tried on an H200, each also held against float64 there. GPUs without wgmma have launches that are
 # compiled for them but not measured; more rows they take in tiles.
 _ONE = FewRows(4, 16, 1)
-_LOW_FEW = ((8, FewRows(8, 8, 8, slots=4)), (16, FewRows(8, 8, 16, slots=4)))
-_MMA_LOW = ((1, _ONE), *_LOW_FEW, (32, FewRows(4, 8, 32, slots=4)))
+_MMA_LOW = (
+    (1, _ONE),
+    (8, FewRows(8, 8, 8, slots=4)),
+    (16, FewRows(8, 8, 16, slots=4)),
+    (32, FewRows(4, 8, 32, slots=4)),
+)
 _MMA = (
     (1, _ONE),
     (8, FewRows(8, 8, 8, across=2, slots=4)),
@@ -122,15 +126,21 @@ _MMA = (
 # is full and there are enough of them.
 _MIDDLE, _LARGE = ManyRows(128, 4), ManyRows(256, 5, deep=1)
 _LOW_ONE, _LOW_64 = replace(_ONE, room=3), ManyRows(64, 4, room=2, across=1, split=2)
-_LOW_MANY = ((32, ManyRows(32, 6, room=2, across=1, split=2)), (64, _LOW_64))
 _UP_TO_64 = (
     (1, _LOW_ONE),
     (8, ManyRows(8, 6, room=2, across=1, split=2)),
     (16, ManyRows(16, 6, room=2, across=1, split=2)),
-    *_LOW_MANY,
+    (32, ManyRows(32, 6, room=2, across=1, split=2)),
+    (64, _LOW_64),
 )
 _NARROW = _dense_on_hopper(
-    (1, _LOW_ONE), *_LOW_FEW, *_LOW_MANY, (256, _LOW_64), (1024, ManyRows(64, 4, room=2)), (2048, _MIDDLE)
+    (1, _LOW_ONE),
+    (8, FewRows(4, 8, 8, slots=8)),
+    (16, FewRows(4, 8, 16, slots=8)),
+    (256, FewRows(4, 8, 32, slots=8)),
+    (512, ManyRows(32, 6, room=2, across=1, split=2)),
+    (1024, ManyRows(64, 4, room=2)),
+    (2048, _MIDDLE),
 )
 _LOW = _dense_on_hopper(*_UP_TO_64, (128, ManyRows(64, 4, room=2)), (1024, _MIDDLE))
 _MEDIUM = _dense_on_hopper(*_UP_TO_64, (128, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
