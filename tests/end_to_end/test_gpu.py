@@ -26,7 +26,7 @@ GREEDY = {"do_sample": False, "cache_implementation": "static", "eos_token_id": 
 @pytest.fixture(scope="module")
 def wide_dir(tmp_path_factory):
     """A mamba layer, two MoE layers and an attention layer of Nano's sizes, its vocabulary too."""
-    return synthesize(tmp_path_factory.mktemp("wide") / "nano", "nano", layers=4)
+    return synthesize(tmp_path_factory.mktemp("wide") / "nano", "nano", layers=4, jobs=4)
 
 
 @pytest.fixture
