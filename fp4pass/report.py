@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ class Entry:
     module: its name in the model, "" where it is not known. op: what it is now, or the product that was left.
     n, k: rows and columns of the weight (of the first product for a block of experts); experts: their number, 0 for a
     single matrix. source: the convention in which the weight is written. lowering: what computes it now. reason,
-    remedy: why it was left, and what to do. inputs: positions of its codes among the compiled call's inputs. lost: it
+    remedy: why it was left, and what to do; of a product of experts that was rewritten by itself, why it is no part of
+    a whole block. inputs: positions of its codes among the compiled call's inputs. lost: it
     was left with an activation in FP4 or FP8 that nothing else on this GPU can read.
     epilogue: what follows the product and is done inside of it, such as ``bias, relu2``.
     """
@@ -98,12 +99,8 @@ class Report:
             for name, count, e in _fold(self.rewritten)
         ]
         lines += _table(done, said_once=("lowering", "source"))
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for name, count, e in _fold(self.refused):
-            described = f"{name} ({f'{count} x ' if count > 1 else ''}{e.op}, {_shape(e)})"
-            reasons.setdefault((e.reason, e.remedy), []).append(described)
-        for (reason, remedy), names in reasons.items():
-            lines += [f"left: {reason}", f"  do: {remedy}", *(f"  in: {name}" for name in names)]
+        lines += _because("product by product", [each for each in _fold(self.rewritten) if each[2].reason])
+        lines += _because("left", _fold(self.refused))
         return "\n".join(lines)
 
 
@@ -137,6 +134,16 @@ def _fold(entries: Iterable[Entry]) -> list[tuple[str, int, Entry]]:
         shown = numbers[0] if len(numbers) == 1 else "{" + ",".join(_abridged(numbers)) + "}"
         folded.append((name.replace("#", shown) or "?", len(members), members[0][1]))
     return folded
+
+
+def _because(what: str, folded: Iterable[tuple[str, int, Entry]]) -> Iterator[str]:
+    """Each reason once, with what to do, and where."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, count, e in folded:
+        described = f"{name} ({f'{count} x ' if count > 1 else ''}{e.op}, {_shape(e)})"
+        reasons.setdefault((e.reason, e.remedy), []).append(described)
+    for (reason, remedy), names in reasons.items():
+        yield from (f"{what}: {reason}", f"  do: {remedy}", *(f"  in: {name}" for name in names))
 
 
 def _abridged(numbers: list[str]) -> list[str]:

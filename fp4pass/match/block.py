@@ -15,6 +15,7 @@ from torch import fx
 from fp4pass import _torch
 from fp4pass.match.cone import sizes_computed_with, value
 from fp4pass.match.products import Product
+from fp4pass.match.reasons import Apart
 from fp4pass.match.shapes import concrete
 from fp4pass.match.structure import Memo, structure
 from fp4pass.match.trial import Frame, Meaning, Region, explain, row_inputs
@@ -42,32 +43,39 @@ class Block:
     meaning: Meaning
 
 
-def find_blocks(products: Sequence[Product]) -> list[Block]:
-    """Every pair of expert products that a whole block can take the place of."""
+def find_blocks(products: Sequence[Product]) -> tuple[list[Block], dict[fx.Node, Apart]]:
+    """Every pair of expert products that a whole block can take the place of; of the others, why none can."""
     experts = [p for p in products if p.weight.roles.experts is not None and value(p.node) is not None]
     experts = [p for p in experts if not p.sums_rows]
+    blocks: list[Block] = []
+    apart = dict.fromkeys((p.node for p in experts), Apart.NO_SUM)
     with _torch.real_tensors(), torch.no_grad():
-        tries = [_block(down, {p.node: p for p in experts if p is not down}) for down in experts]
-    return [block for block in tries if block is not None]
+        for down in experts:
+            others = {p.node: p for p in experts if p is not down}
+            end = _end(down.node, others)
+            up = None if end is None else _producer(down.x, others)
+            if up is not None and up.weight.roles.experts == down.weight.roles.experts:
+                found = _block(up, down, end)
+                blocks += [found] if isinstance(found, Block) else []
+                apart |= dict.fromkeys((up.node, down.node), found)
+    return blocks, {node: why for node, why in apart.items() if isinstance(why, Apart)}
 
 
-def _block(down: Product, others: Mapping[fx.Node, Product]) -> Block | None:
-    end = _end(down.node)
-    if end is None:
-        return None
+def _block(up: Product, down: Product, end: fx.Node) -> Block | Apart:
     total = _sum_below(end)
     tokens, choices, out = concrete(list(value(total.args[0]).shape))
-    up = _producer(down.x, others)
-    if up is None or choices < 2 or up.weight.roles.experts != down.weight.roles.experts:
-        return None
+    if choices < 2:
+        return Apart.ONE
+    if up.weight.roles.n == 2 * down.weight.roles.k:
+        return Apart.GATED
     frame = Frame(tokens, choices, up.weight.roles.k, up.weight.roles.n, out)
     region = _region(end, up, down, frame)
-    if region is None:
-        return None
+    if isinstance(region, Apart):
+        return region
     products = {p.node: _described(p) for p in (up, down)}
     key = (structure(region.leaves, region.nodes, products), frame, up.weight.roles.experts)
     meaning = _VERDICTS(key, lambda: explain(region))
-    return None if meaning is None else Block(region, meaning)
+    return Apart.OTHER if meaning is None else Block(region, meaning)
 
 
 def _described(product: Product) -> tuple[Hashable, list[fx.Node]]:
@@ -75,11 +83,12 @@ def _described(product: Product) -> tuple[Hashable, list[fx.Node]]:
     return (product.weight_left, product.weight.roles.ids is None), row_inputs(product)
 
 
-def _end(node: fx.Node) -> fx.Node | None:
-    """The sum over choices that follows ``node``, with the cast after it if there is one."""
+def _end(node: fx.Node, others: Mapping[fx.Node, Product]) -> fx.Node | None:
+    """The sum over choices behind ``node``, before any other product, with a cast back to the product's dtype."""
+    dtype = value(node).dtype
     while len(node.users) == 1:
         (node,) = node.users
-        if node.op != "call_function" or value(node) is None:
+        if node.op != "call_function" or value(node) is None or node in others:
             return None
         if node.target is aten.sum.dim_IntList:
             break
@@ -89,7 +98,7 @@ def _end(node: fx.Node) -> fx.Node | None:
         return None
     cast = next(iter(node.users), None)
     is_cast = len(node.users) == 1 and cast.target in (prims.convert_element_type.default, aten._to_copy.default)
-    return cast if is_cast else node
+    return cast if is_cast and value(cast).dtype == dtype else node
 
 
 def _sum_below(end: fx.Node) -> fx.Node:
@@ -109,8 +118,8 @@ def _producer(node: fx.Node, products: Mapping[fx.Node, Product]) -> Product | N
     return None
 
 
-def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | None:
-    """The nodes between (hidden, ids, weights) and ``end``, or None if anything else flows in."""
+def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | Apart:
+    """The nodes between (hidden, ids, weights) and ``end``, if nothing else flows in."""
     nodes: list[fx.Node] = []
     leaves: dict[str, fx.Node] = {}
     seen: set[fx.Node] = set()
@@ -128,22 +137,24 @@ def _region(end: fx.Node, up: Product, down: Product, frame: Frame) -> Region | 
         kind = None if node in (end, total) else _leaf_kind(node, frame)
         if kind is not None:
             if leaves.setdefault(kind, node) is not node:
-                return None
+                return Apart.INPUTS
             continue
         if node.op != "call_function" or len(seen) > LARGEST_REGION:
-            return None
+            return Apart.INPUTS
         computed_with |= sizes_computed_with(node)
         stack.append((node, True))
         product = next((p for p in (up, down) if p.node is node), None)
         inputs = node.all_input_nodes if product is None else row_inputs(product)
         stack.extend((n, False) for n in reversed(inputs))
     if leaves.keys() != {"hidden", "ids", "weights"} or not {up.node, down.node} <= seen:
-        return None
+        return Apart.INPUTS
     # A row's number over the number of choices is its token; no other size may take part.
     if not computed_with <= {str(value(node).shape[1]) for node in (total.args[0], leaves["ids"], leaves["weights"])}:
-        return None
-    if _is_read_elsewhere(nodes, up.node, end) or _numbers_rows(nodes, total):
-        return None
+        return Apart.INPUTS
+    if _is_read_elsewhere(nodes, up.node, end):
+        return Apart.READ
+    if _numbers_rows(nodes, total):
+        return Apart.PLACES
     return Region(nodes, **leaves, end=end, up=up, down=down, frame=frame)
 
 

@@ -1,4 +1,4 @@
-"""Why a quantized product was left as it was: each reason with what to do about it."""
+"""Why a quantized product was left as it was, or why experts' products became no whole block, with what to do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Reason(Enum):
-    """A refusal's kind. The value is (sentence, remedy)."""
+class _Said(Enum):
+    """The value is (sentence, remedy)."""
+
+    @property
+    def sentence(self) -> str:
+        """What was found."""
+        return self.value[0]
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        return self.value[1]
+
+
+class Reason(_Said):
+    """A refusal's kind."""
 
     ACTIVATION = (
         "an activation takes part in computing the weight",
@@ -139,22 +153,49 @@ class Reason(Enum):
         "look for a clamp, an extra factor or an offset in the decode",
     )
 
-    @property
-    def sentence(self) -> str:
-        """What was found."""
-        return self.value[0]
 
-    @property
-    def remedy(self) -> str:
-        """What to do."""
-        return self.value[1]
+class Apart(_Said):
+    """Why experts' products are rewritten one by one, not as a whole block."""
+
+    DTYPE = (
+        "tokens and result of the block have different dtypes, or the two weights lie in different orders",
+        "give both the same",
+    )
+    GATED = (
+        "the experts have a gate, and whole blocks are for experts without one",
+        "nothing: each of its products is rewritten",
+    )
+    INPUTS = (
+        "something beside tokens, expert ids and routing weights takes part between the first product and the sum",
+        "apply it to the tokens before or to the sum after",
+    )
+    NO_SUM = (
+        "no sum over the experts of each token follows the second product",
+        "weight the results and sum them with torch.sum, as transformers' grouped_mm and batched_mm experts do",
+    )
+    ONE = (
+        "each token has one expert, and whole blocks are for several",
+        "nothing: each of its products is rewritten",
+    )
+    OTHER = (
+        "tried with numbers, the block is not the sum of routing weight x down(activation(up(token)))",
+        "use relu2 or silu as the activation, and weight what the second product gives",
+    )
+    PLACES = (
+        "rows are told apart by their place, and their number varies",
+        "let expert ids alone say what becomes of a row",
+    )
+    READ = (
+        "a result inside of the block is used outside of it, too",
+        "compute what is needed there apart from the block",
+    )
 
 
 @dataclass(frozen=True)
 class Refusal:
     """A reason with what was seen in this case."""
 
-    reason: Reason
+    reason: Reason | Apart
     detail: str = ""
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from torch import fx
 
 from fp4pass.match.block import Block, find_blocks
 from fp4pass.match.cone import value
+from fp4pass.match.reasons import Apart
 from fp4pass.match.trial import Stranger
 from fp4pass.passes.experts import counted_from_the_front
 from fp4pass.passes.rewriter import ACTIVATION_DTYPES, Rewriter
@@ -27,13 +28,16 @@ def rewrite_moe(rewriter: Rewriter) -> None:
 
         %out = fp4pass.experts(%hidden, %ids, %weights, %up codes, scale, global, %down ..., activation, layout)
     """
-    for block in find_blocks(rewriter.products):
+    blocks, rewriter.apart = find_blocks(rewriter.products)
+    for block in blocks:
         region = block.region
         products = [region.up, region.down]
         dtype = value(region.hidden).dtype
         one_layout = region.up.weight.convention.layout == region.down.weight.convention.layout
         if one_layout and dtype in ACTIVATION_DTYPES and value(region.end).dtype == dtype:
             rewriter.replace(products, region.end, "fp4pass.experts", lambda b=block: _build(rewriter, b))
+        else:
+            rewriter.apart |= dict.fromkeys((region.up.node, region.down.node), Apart.DTYPE)
 
 
 def _build(rewriter: Rewriter, block: Block) -> fx.Node:

@@ -17,7 +17,7 @@ from fp4pass.match.cone import value
 from fp4pass.match.convention import ABSENT, DIVIDE, GROUP, codes_by_rows, scales_by_rows
 from fp4pass.match.products import Product, find_products
 from fp4pass.match.proof import Weight
-from fp4pass.match.reasons import Reason, Refusal
+from fp4pass.match.reasons import Apart, Reason, Refusal
 from fp4pass.report import Entry
 
 log = logging.getLogger("fp4pass.passes")
@@ -31,7 +31,8 @@ class Rewriter:
 
     A rewrite first emits nodes and only then, as its last step, moves the uses of the old node over. If anything
     fails before that the graph still computes what it did, and the product is refused with the failure as its reason.
-    ``check`` is called with the graph after each rule of a pass that has several.
+    ``check`` is called with the graph after each rule of a pass that has several. ``apart``: by their products, why
+    experts have become no whole block.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Rewriter:
         self.check = check
         self.rewritten: list[Entry] = []
         self.refused: list[Entry] = []
+        self.apart: dict[fx.Node, Apart] = {}
         self._eight_bit: list[Product] = []
         self._entry_of: dict[fx.Node, int] = {}
         self._at: fx.Node | None = None
@@ -171,6 +173,7 @@ class Rewriter:
         first = products[0]
         experts, n, k = first.sizes
         positions = (_torch.input_position(p.codes) for p in products)
+        apart = self.apart.get(first.node) if len(products) == 1 else None
         return Entry(
             module="",
             op=op,
@@ -179,6 +182,8 @@ class Rewriter:
             experts=experts or 0,
             source=str(first.weight.convention) if isinstance(first.weight, Weight) else source,
             lowering=self.lowering,
+            reason=apart.sentence if apart else "",
+            remedy=apart.remedy if apart else "",
             inputs=tuple(p for p in positions if p is not None),
         )
 

@@ -17,6 +17,7 @@ import fp4pass
 from fp4pass import nvfp4
 from fp4pass.checkpoint.modules import NVFP4Linear
 from fp4pass.lowering.reference import dequantize
+from fp4pass.match.reasons import Apart
 
 from .running import called, compiling, relative_error
 
@@ -157,6 +158,7 @@ def test_the_graph_of_gated_experts():
     model = model_of("Qwen3Moe", torch.bfloat16, experts_implementation="grouped_mm", **OF_EXPERTS)
     run = compiling(model.model.layers[0].mlp.experts)
     run(torch.randn(3, 64).bfloat16(), torch.tensor([[0, 1], [2, 3], [1, 0]]), torch.rand(3, 2))
+    assert {entry.reason for entry in run.report.rewritten} == {Apart.GATED.sentence}
     ops = called(run.graphs[0])
     _, second = [i for i, op in enumerate(ops) if "fp4pass" in op]
     assert_expected_inline(
