@@ -1,0 +1,196 @@
+"""Launches of one linear layer beside each other, for whoever chooses them in lowering/launches.py.
+
+    python -m fp4pass.bench.tune --shapes nano.out_proj 256x2688 --tokens 16 64 -- "ManyRows(16, 6, room=2)" ...
+
+Speed alone chooses nothing: a launch may be wrong at some shapes and right at others, or never end. So each is first
+held against float64, in a process of its own and among memory full of NaN; what fails there is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import itertools
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch.nn.functional import linear as product
+
+from fp4pass import nvfp4
+from fp4pass.bench.cases import DENSE, Dense
+from fp4pass.bench.clock import copies, microseconds, relative_error, roofline
+from fp4pass.bench.command import gpu, machine
+from fp4pass.bench.table import header
+from fp4pass.errors import Fp4passError, OptionError
+from fp4pass.lowering.arch import Arch, target
+from fp4pass.lowering.launches import FewRows, ManyRows, launch
+from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
+
+Launch = FewRows | ManyRows
+Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+WITHIN = 0.002
+"""The largest relative error to float64 that a launch may have: rounding its result to BF16 makes 0.0017, give or take
+a tenth where there are few hundred numbers; weights rounded to BF16 make 0.0024."""
+
+_SECONDS = 90  # for compiling a launch and running it; what takes longer waits for something that never comes
+
+
+@dataclass(frozen=True)
+class _Only(Arch):
+    """A generation whose products all run with one launch."""
+
+    only: Launch
+
+    def launch(self, *_: object, **__: object) -> Launch:
+        """The one."""
+        return self.only
+
+
+def parse_launch(text: str) -> Launch:
+    """``FewRows(8, 8, 16, slots=4)`` and the like, as launches.py has them. Raises OptionError for anything else."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        kind = {"FewRows": FewRows, "ManyRows": ManyRows}[call.func.id]
+        values = [ast.literal_eval(each) for each in call.args]
+        return kind(*values, **{each.arg: ast.literal_eval(each.value) for each in call.keywords})
+    except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise OptionError(
+            "this is no launch",
+            seen=f"{text} ({type(error).__name__}: {error})",
+            expected="FewRows(...) or ManyRows(...) with numbers, as in lowering/launches.py",
+            do='write it as there, in quotes: "ManyRows(16, 6, room=2, across=1, split=2)"',
+        ) from error
+
+
+def parse_shape(text: str) -> Dense:
+    """A case of the benchmark by its name, or a weight of any other size as ``NxK``. Raises OptionError."""
+    for case in DENSE:
+        if case.name == text:
+            return case
+    if (sizes := re.fullmatch(r"(\d+)x(\d+)", text)) and not any(int(size) % 16 for size in sizes.groups()):
+        return Dense(text, int(sizes[1]), int(sizes[2]))
+    raise OptionError(
+        "this is no shape of a weight",
+        seen=text,
+        expected=f"NxK, multiples of 16, or one of {', '.join(case.name for case in DENSE)}",
+        do="give its rows and columns: 2688x4096",
+    )
+
+
+def run_with(only: Launch, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """``x [M, K]`` times a weight in ``fragments``: codes, scale bytes and global scale; by this launch."""
+    from fp4pass.lowering.linear import linear  # needs Triton
+
+    arch = _Only(*astuple(target(x.device)), only)
+    return linear(x, *weight, None, FRAGMENTS, arch=arch)
+
+
+def faults(only: Launch, n: int, k: int, tokens: int, device: torch.device) -> str:
+    """What is wrong with a launch for a weight ``[n, k]`` and up to ``tokens`` rows of x; "" if nothing is.
+
+    Also tried are some rows fewer, and a weight whose last tile is not full.
+    """
+    for rows in dict.fromkeys((n, max(16, n - 16))):
+        weight, dense = _random_weight(rows, k, device)
+        for count in dict.fromkeys((tokens, max(1, tokens - 3))):
+            x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
+            exact = x.double() @ dense.mT
+            for _ in range(2):
+                _leave_nan_behind(device)
+                error = relative_error(run_with(only, x, weight), exact)
+                if not error <= WITHIN:
+                    return f"wrong: error {error:.1e} for {count} rows and a weight of {rows}"
+    return ""
+
+
+def _random_weight(n: int, k: int, device: torch.device) -> tuple[Weight, torch.Tensor]:
+    """In ``fragments``, and decoded to float64."""
+    codes, scale, factor = nvfp4.quantize(torch.randn(n, k, device=device))
+    dense = nvfp4.dequantize(codes, scale, factor, torch.float64)
+    return (from_plain(codes, FRAGMENTS), scale_from_plain(scale.view(torch.uint8), FRAGMENTS), factor), dense
+
+
+def _leave_nan_behind(device: torch.device) -> None:
+    """In the memory that the next tensors get, small ones and large."""
+    for size in (1 << 10, 1 << 16, 1 << 20):
+        full = [torch.full((size,), torch.nan, device=device) for _ in range(16)]
+        del full
+
+
+Task = tuple[Launch, int, int, int, torch.device]
+"""The arguments of `faults`."""
+
+
+def _try(task: Task) -> str:
+    try:
+        return faults(*task)
+    except Exception as error:  # the compiler's, mostly: the launch does not fit
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+
+
+def checked(tasks: Sequence[Task]) -> Iterator[str]:
+    """The `faults` of each, in order. Several processes work them out: what takes one of them down spares the rest."""
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        for running in [pool.apply_async(_try, (task,)) for task in tasks]:
+            try:
+                yield running.get(timeout=_SECONDS)
+            except multiprocessing.TimeoutError:
+                yield f"not done after {_SECONDS} s"
+
+
+def compare(
+    cases: Sequence[Dense], tokens: Sequence[int], tried: Sequence[Launch], device: torch.device
+) -> Iterator[str]:
+    """A line for each case and number of tokens with BF16's time, and one for each launch: the tables' first."""
+    wgmma = target(device).wgmma
+    tasks = []
+    for case, count in itertools.product(cases, tokens):
+        taken = launch(count, case.n, case.k, experts=False, wgmma=wgmma)
+        tasks += [(each, case.n, case.k, count, device) for each in dict.fromkeys((taken, *tried)) if each is not None]
+    wrong = dict(zip(tasks, checked(tasks), strict=True))
+    for case in cases:
+        weights = [_random_weight(case.n, case.k, device)[0] for _ in range(copies(case.weight_bytes()))]
+        sizes = {"size": (case.n, case.k), "device": device, "dtype": torch.bfloat16}
+        dense = [torch.randn(**sizes) for _ in range(copies(2 * case.n * case.k))]
+        for count in tokens:
+            x, least = torch.randn(count, case.k, device=device, dtype=torch.bfloat16), roofline(*case.cost(count))
+            bf16 = microseconds([functools.partial(product, x, each) for each in dense], device, least)
+            yield f"{case.name} {case.shape}, {count} tokens: BF16 {bf16:.2f} us, roofline {least:.2f}"
+            for task, fault in wrong.items():
+                if task[1:4] != (case.n, case.k, count):
+                    continue
+                if fault:
+                    yield f"  {fault}  {task[0]!r}"
+                else:
+                    ours = microseconds([functools.partial(run_with, task[0], x, e) for e in weights], device, least)
+                    yield f"  {ours:8.2f} {bf16 / ours:5.2f}  {task[0]!r}"
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """The command. Exit code 2 for arguments or a machine that do not allow it."""
+    parser = argparse.ArgumentParser("python -m fp4pass.bench.tune", description="launches of a linear layer, timed")
+    parser.add_argument("--shapes", nargs="+", required=True, metavar="NAME|NxK")
+    parser.add_argument("--tokens", nargs="+", type=int, required=True, metavar="N")
+    parser.add_argument("launches", nargs="*", metavar="LAUNCH", help="beside the one that the tables have")
+    asked = parser.parse_args(given)
+    try:
+        cases, tried = list(map(parse_shape, asked.shapes)), list(map(parse_launch, asked.launches))
+        device = gpu()
+    except Fp4passError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{header(machine(device))}\nmicroseconds, time of BF16 over it; the first launch is what the tables have")
+    for line in compare(cases, asked.tokens, tried, device):
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

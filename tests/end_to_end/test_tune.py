@@ -1,0 +1,98 @@
+"""Launches beside each other: what is asked for is understood, what is wrong is not timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fp4pass.bench import tune
+from fp4pass.bench.cases import DENSE
+from fp4pass.errors import OptionError
+from fp4pass.lowering import reference
+from fp4pass.lowering.arch import ARCHS
+from fp4pass.lowering.launches import FewRows, ManyRows
+from fp4pass.lowering.layout import FRAGMENTS
+
+CPU = torch.device("cpu")
+RIGHT, WRONG = FewRows(4, 8, 8, slots=4), ManyRows(16, 6, room=2)
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """The plain-torch twin in the kernels' place. With WRONG one number in a thousand is lost."""
+
+    def run(only, x, weight):
+        out = reference.linear(x, *weight, None, FRAGMENTS)
+        if only == WRONG:
+            out.view(-1)[::1000] = 0
+        return out
+
+    monkeypatch.setattr(tune, "run_with", run)
+
+
+def test_launches_are_written_as_in_the_tables():
+    assert tune.parse_launch("FewRows(8, 8, 16, slots=4, early=True)") == FewRows(8, 8, 16, slots=4, early=True)
+    assert tune.parse_launch(repr(WRONG)) == WRONG
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "ManyRows", "ManyRows(16)", "ManyRows(16, 6, rom=2)", "Tile(8, 8)", "FewRows(open('x'), 8, 8)", "a.b()"],
+)
+def test_what_is_no_launch_is_refused(text):
+    with pytest.raises(OptionError, match="this is no launch"):
+        tune.parse_launch(text)
+
+
+def test_shapes_are_named_or_given():
+    assert tune.parse_shape("nano.out_proj") in DENSE
+    assert (tune.parse_shape("256x2688").n, tune.parse_shape("256x2688").k) == (256, 2688)
+    for text in ("nano.out", "256", "250x2688", "256x2688x2"):
+        with pytest.raises(OptionError, match="no shape of a weight"):
+            tune.parse_shape(text)
+
+
+def test_a_launch_is_held_against_float64(twin):
+    assert tune.faults(RIGHT, 256, 192, 8, CPU) == ""
+    assert tune.faults(WRONG, 256, 192, 8, CPU).startswith("wrong: error ")
+
+
+def test_nan_is_wrong(monkeypatch):
+    monkeypatch.setattr(tune, "run_with", lambda only, x, weight: torch.full((len(x), 256), torch.nan))
+    assert tune.faults(RIGHT, 256, 192, 8, CPU) == "wrong: error nan for 8 rows and a weight of 256"
+
+
+def test_what_raises_is_said_in_a_line():
+    assert tune._try((RIGHT, 64, 192, 8, CPU)) == "DeviceError: the kernels need a CUDA device"
+
+
+def test_only_what_is_right_is_timed(twin, monkeypatch):
+    monkeypatch.setattr(tune, "copies", lambda size: 1)
+    monkeypatch.setattr(tune, "target", lambda device: ARCHS[90])
+    monkeypatch.setattr(tune, "checked", lambda tasks: map(tune._try, tasks))
+    case = tune.parse_shape("256x192")
+    heading, ours, right, wrong = tune.compare([case], [4], [RIGHT, WRONG], CPU)
+    assert heading.startswith("256x192 256 x 192, 4 tokens: BF16 ")
+    taken = tune.launch(4, 256, 192, experts=False, wgmma=True)
+    for line, each in ((ours, taken), (right, RIGHT)):
+        time, ratio, rest = line.split(maxsplit=2)
+        assert float(time) > 0 and float(ratio) >= 0 and rest == repr(each)
+    assert wrong.startswith("  wrong: error ") and wrong.endswith(repr(WRONG))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert tune.main(["--shapes", "64x192", "--tokens", "4"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_what_does_not_fit_is_named(capsys):
+    too_large = FewRows(16, 4, 64, slots=4)
+    assert tune.main(["--shapes", "256x2688", "--tokens", "64", "--", repr(too_large)]) == 0
+    *_, ours, other = capsys.readouterr().out.splitlines()
+    assert float(ours.split()[0]) > 0
+    assert "OutOfResources" in other and other.endswith(repr(too_large))
