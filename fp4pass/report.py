@@ -87,6 +87,7 @@ class Report:
         if not total:
             return "fp4pass: no quantized product in this graph"
         lines = [f"fp4pass: {len(self.rewritten)} of {total} quantized products rewritten ({self.target})"]
+        rewritten = _fold(self.rewritten)
         done = [
             {
                 "module": name,
@@ -96,10 +97,10 @@ class Report:
                 "lowering": e.lowering,
                 "source": e.source,
             }
-            for name, count, e in _fold(self.rewritten)
+            for name, count, e in rewritten
         ]
         lines += _table(done, said_once=("lowering", "source"))
-        lines += _because("product by product", [each for each in _fold(self.rewritten) if each[2].reason])
+        lines += _because("product by product", [each for each in rewritten if each[2].reason])
         lines += _because("left", _fold(self.refused))
         return "\n".join(lines)
 

@@ -44,7 +44,7 @@ class Block:
 
 
 def find_blocks(products: Sequence[Product]) -> tuple[list[Block], dict[fx.Node, Apart]]:
-    """Every pair of expert products that a whole block can take the place of; of the others, why none can."""
+    """Every pair of expert products that a whole block can take the place of; of all others, why none can."""
     experts = [p for p in products if p.weight.roles.experts is not None and value(p.node) is not None]
     experts = [p for p in experts if not p.sums_rows]
     blocks: list[Block] = []
@@ -54,11 +54,15 @@ def find_blocks(products: Sequence[Product]) -> tuple[list[Block], dict[fx.Node,
             others = {p.node: p for p in experts if p is not down}
             end = _end(down.node, others)
             up = None if end is None else _producer(down.x, others)
-            if up is not None and up.weight.roles.experts == down.weight.roles.experts:
-                found = _block(up, down, end)
-                blocks += [found] if isinstance(found, Block) else []
+            if up is None or up.weight.roles.experts != down.weight.roles.experts:
+                continue
+            found = _block(up, down, end)
+            if isinstance(found, Block):
+                blocks.append(found)
+            else:
                 apart |= dict.fromkeys((up.node, down.node), found)
-    return blocks, {node: why for node, why in apart.items() if isinstance(why, Apart)}
+    whole = {p.node for block in blocks for p in (block.region.up, block.region.down)}
+    return blocks, {node: why for node, why in apart.items() if node not in whole}
 
 
 def _block(up: Product, down: Product, end: fx.Node) -> Block | Apart:
