@@ -30,6 +30,7 @@ def twin(monkeypatch):
         return out
 
     monkeypatch.setattr(tune, "run_with", run)
+    torch.manual_seed(0)
 
 
 def test_launches_are_written_as_in_the_tables():
