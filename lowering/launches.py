@@ -138,7 +138,6 @@ _NARROW = _dense_on_hopper(
     (8, FewRows(4, 8, 8, slots=8)),
     (16, FewRows(4, 8, 16, slots=8)),
     (256, FewRows(4, 8, 32, slots=8)),
-    (512, ManyRows(32, 6, room=2, across=1, split=2)),
     (1024, ManyRows(64, 4, room=2)),
     (2048, _MIDDLE),
 )
