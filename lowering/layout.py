@@ -112,6 +112,17 @@ def to_plain(codes: torch.Tensor, layout: str) -> torch.Tensor:
     )
 
 
+def nibbles(codes: torch.Tensor, layout: str) -> torch.Tensor:
+    """The codes one by one, in natural order: uint8 ``[..., K/2]`` in ``layout`` -> integers 0 to 15 ``[..., K]``.
+
+    The same codes as those of `to_plain`, by as few operations as there may be: they are traced for each weight.
+    """
+    if layout == FRAGMENTS:
+        return _nibbles_of_units(codes)
+    packed = to_plain(codes, layout)
+    return torch.stack((packed & 0x0F, packed >> 4), -1).flatten(-2)
+
+
 def from_plain(codes: torch.Tensor, layout: str) -> torch.Tensor:
     """Codes in the plain layout -> codes in ``layout``; the exact inverse of :func:`to_plain`."""
     check_layout(layout, "from_plain")
@@ -191,11 +202,23 @@ def _repack_(
 
 
 def _codes_from_units(codes: torch.Tensor) -> torch.Tensor:
-    # ..., rows / 16, K / 64, g, t, half of the rows, word
-    byte0, byte1, byte2, byte3 = _in_units(codes, 32, "to_plain").unflatten(-1, (2, 2, 4)).unbind(-1)
-    even = torch.stack(_codes_of_half(byte0, byte1, byte3), -1)
-    odd = torch.stack(_codes_of_half(byte2, byte3, byte1), -1)
-    return _moved(even | (odd << 4), (0, 4, 2, 1, 5, 6, 3)).reshape(codes.shape)
+    half, other = _halves_of_units(codes)
+    pairs = (_code_of_half(pair, half, other).unbind(-1) for pair in range(4))
+    packed = torch.stack([(even | (odd << 4)).to(torch.uint8) for even, odd in pairs], -1)
+    return _moved(packed, (0, 4, 2, 1, 5, 6, 3)).reshape(codes.shape)
+
+
+def _nibbles_of_units(codes: torch.Tensor) -> torch.Tensor:
+    half, other = _halves_of_units(codes)
+    pairs = torch.stack([_code_of_half(pair, half, other) for pair in range(4)], -1)
+    return _moved(pairs, (0, 4, 2, 1, 5, 7, 3, 6)).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def _halves_of_units(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Halves of words, int16 ``[..., rows / 16, K / 64, g, t, half of the rows, word, 2]``, and for each the other."""
+    halves = _in_units(codes, 32, "to_plain").view(torch.int16).unflatten(-1, (2, 2, 2))
+    lower, upper = halves.unbind(-1)
+    return halves, torch.stack((upper, lower), -1)
 
 
 def _units_from_codes(codes: torch.Tensor) -> torch.Tensor:
@@ -206,18 +229,19 @@ def _units_from_codes(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack(halves, -1).reshape(codes.shape)
 
 
-def _codes_of_half(low: torch.Tensor, high: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The four codes of the 16 bits ``high, low`` and the upper 8 of the other half: see the table above."""
-    return (
-        ((high >> 4) & 8) | ((high & 1) << 2) | (low >> 6),
-        ((high & 2) << 2) | (low & 7),
-        (low & 8) | ((other >> 2) & 7),
-        ((high >> 2) & 8) | ((high >> 4) & 4) | ((low >> 4) & 3),
-    )
+def _code_of_half(pair: int, half: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A code of the 16 bits ``half``, of which ``other`` may have a part: see the table above."""
+    if pair == 0:
+        return ((half >> 12) & 8) | ((half >> 6) & 7)
+    if pair == 1:
+        return ((half >> 6) & 8) | (half & 7)
+    if pair == 2:
+        return (half & 8) | ((other >> 10) & 7)
+    return ((half >> 10) & 8) | ((half >> 12) & 4) | ((half >> 4) & 3)
 
 
 def _half_of_codes(codes: tuple[torch.Tensor, ...], other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact inverse of ``_codes_of_half``, as (low byte, high byte); ``other``: the other half's third code."""
+    """The exact inverse of ``_code_of_half``, as (low byte, high byte); ``other``: the other half's third code."""
     c0, c1, c2, c3 = codes
     low = ((c0 & 3) << 6) | ((c3 & 3) << 4) | (c2 & 8) | (c1 & 7)
     signs = ((c0 & 8) << 4) | ((c3 & 8) << 2) | ((c1 & 8) >> 2)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from .layout import PLAIN, UNIT_ROWS, scale_to_plain, to_plain
+from .layout import PLAIN, UNIT_ROWS, nibbles, scale_to_plain
 
 GROUP = 16
 """Codes along K that share one block scale."""
@@ -35,13 +35,10 @@ NO_ACTIVATION = "none"
 
 def decode_codes(codes: torch.Tensor, layout: str = PLAIN, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """E2M1 values of ``codes``: uint8 ``[..., K/2]`` -> ``dtype [..., K]`` in natural order, exact in any dtype."""
-    packed = to_plain(codes, layout)
-    nibbles = torch.stack((packed & 0x0F, packed >> 4), -1).flatten(-2)
-    # The eight magnitudes are convex in the code, hence a maximum of lines; doubled, they are integers below 13.
-    m = (nibbles & 7).to(torch.int8)
-    doubled = torch.maximum(torch.maximum(m, 2 * m - 4), 4 * m - 16)
-    magnitude = doubled.to(dtype) * 0.5
-    return torch.where(nibbles >= 8, -magnitude, magnitude)
+    code = nibbles(codes, layout)
+    # Shifted into place, an E2M1 magnitude read as fp16 is the value times 2^-14, as with E4M3 below.
+    magnitude = ((code & 7).to(torch.int16) << 9).view(torch.float16).to(dtype) * 2.0**14
+    return torch.where(code >= 8, -magnitude, magnitude)
 
 
 def decode_scale(scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
