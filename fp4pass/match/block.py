@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -76,6 +76,9 @@ def _block(up: Product, down: Product, end: fx.Node) -> Block | Apart:
     region = _region(end, up, down, frame)
     if isinstance(region, Apart):
         return region
+    if end is not total and value(total).dtype == value(region.hidden).dtype:
+        # The sum is what the op gives; the cast, of something else's choosing, stays behind it.
+        region = replace(region, nodes=region.nodes[:-1], end=total)
     products = {p.node: _described(p) for p in (up, down)}
     key = (structure(region.leaves, region.nodes, products), frame, up.weight.roles.experts)
     meaning = _VERDICTS(key, lambda: explain(region))
@@ -88,8 +91,7 @@ def _described(product: Product) -> tuple[Hashable, list[fx.Node]]:
 
 
 def _end(node: fx.Node, others: Mapping[fx.Node, Product]) -> fx.Node | None:
-    """The sum over choices behind ``node``, before any other product, with a cast back to the product's dtype."""
-    dtype = value(node).dtype
+    """The sum over choices behind ``node``, before any other product, with the cast after it if there is one."""
     while len(node.users) == 1:
         (node,) = node.users
         if node.op != "call_function" or value(node) is None or node in others:
@@ -102,7 +104,7 @@ def _end(node: fx.Node, others: Mapping[fx.Node, Product]) -> fx.Node | None:
         return None
     cast = next(iter(node.users), None)
     is_cast = len(node.users) == 1 and cast.target in (prims.convert_element_type.default, aten._to_copy.default)
-    return cast if is_cast and value(cast).dtype == dtype else node
+    return cast if is_cast else node
 
 
 def _sum_below(end: fx.Node) -> fx.Node:

@@ -78,6 +78,22 @@ def written(
     return form
 
 
+def read_in_between() -> Callable:
+    """A form that gives, beside the block's result, what goes into the second product."""
+    kept = []
+
+    def form(e: Dense, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        block = written(inner=lambda h, given: (kept.append(h), h)[1])(e, x, ids, weights)
+        return torch.cat((block, kept.pop()[:, :H]))
+
+    return form
+
+
+def later_by_number(x: torch.Tensor) -> torch.Tensor:
+    """Rows from the eighth on doubled."""
+    return torch.where(torch.arange(x.shape[0]).unsqueeze(1) >= 8, 2 * x, x)
+
+
 def routing(
     tokens: int, dtype: torch.dtype = torch.float32, choices: int = K, hidden: int = H
 ) -> tuple[torch.Tensor, ...]:

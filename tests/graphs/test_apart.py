@@ -10,7 +10,7 @@ from torch import nn
 from fp4pass.lowering.reference import relu2
 from fp4pass.match.reasons import Apart
 
-from .routed import FORMS, H, Routed, routing, written
+from .routed import FORMS, Routed, later_by_number, read_in_between, routing, written
 from .running import compiling, relative_error
 
 
@@ -21,22 +21,12 @@ def report_of(module: nn.Module, *inputs: torch.Tensor, dynamic: bool | None = N
     return run.report
 
 
-def kept_in_between():
-    kept = []
-
-    def form(e, x, ids, weights):
-        block = written(inner=lambda h, given: (kept.append(h), h)[1])(e, x, ids, weights)
-        return torch.cat((block, kept.pop()[:, :H]))
-
-    return form
-
-
 LATE = torch.tensor([[1.0], [1.0], [1.0], [1.0], [2.0], [2.0]])
 WHY = {
     Apart.INPUTS: written(rows=lambda x: x * LATE),
     Apart.NO_SUM: written(total=lambda y, x: y.amax(1)),
     Apart.OTHER: written(shares=lambda s: s * s),
-    Apart.READ: kept_in_between(),
+    Apart.READ: read_in_between(),
 }
 
 
@@ -59,12 +49,10 @@ def test_another_activation_is_no_block(form):
 
 
 def test_places_count_only_where_the_number_of_tokens_varies():
-    def later(x):
-        return torch.where(torch.arange(x.shape[0]).unsqueeze(1) >= 8, 2 * x, x)
-
-    report = report_of(Routed(written(rows=later)), *routing(3), dynamic=True)
+    module = Routed(written(rows=later_by_number))
+    report = report_of(module, *routing(3), dynamic=True)
     assert {entry.reason for entry in report.rewritten} == {Apart.PLACES.sentence}
-    report = report_of(Routed(written(rows=later)), *routing(3), dynamic=False)
+    report = report_of(module, *routing(3), dynamic=False)
     assert [(entry.op, entry.reason) for entry in report.rewritten] == [("fp4pass.experts", "")]
 
 
@@ -89,6 +77,15 @@ def test_a_cast_of_the_result_is_left_behind_the_block():
         result = run(*inputs)
         assert relative_error(result, module(*inputs).double()) < 2**-7
     assert [(entry.op, entry.reason) for entry in run.report.rewritten] == [("fp4pass.experts", "")]
+
+
+def test_a_cast_back_to_the_tokens_dtype_is_part_of_the_block():
+    def form(e, x, ids, weights):
+        e.up_proj, e.down_proj = e.up_proj.float(), e.down_proj.float()
+        return written(rows=lambda rows: rows.float())(e, x, ids, weights)
+
+    report = report_of(Routed(form), *routing(3, torch.bfloat16))
+    assert [(entry.op, entry.reason) for entry in report.rewritten] == [("fp4pass.experts", "")]
 
 
 def test_without_the_pass_nothing_is_said():

@@ -18,7 +18,7 @@ from fp4pass.passes.moe import rewrite_moe
 from fp4pass.passes.rewriter import Rewriter
 from fp4pass.pipeline import Fp4Pass
 
-from .routed import FORMS, INNER, E, H, K, Routed, routing, written
+from .routed import FORMS, INNER, E, H, K, Routed, later_by_number, read_in_between, routing, written
 from .running import Known, called, compiling, listing, relative_error
 from .test_mutants import mutants
 
@@ -254,10 +254,6 @@ def test_an_expert_that_is_left_out():
     assert_one_by_one(module, (x, torch.tensor([[37, 1]]), weights))
 
 
-def later_by_number(x):
-    return torch.where(torch.arange(x.shape[0]).unsqueeze(1) >= 8, 2 * x, x)
-
-
 def later_in_an_order(weights):
     return torch.where(weights.flatten().sort().indices.unsqueeze(1) >= 8, 2 * weights, weights)
 
@@ -336,13 +332,7 @@ def test_ids_that_a_top_k_has_chosen_are_not_looked_at():
 
 @torch.no_grad()
 def test_a_first_product_that_is_read_elsewhere_too():
-    kept = []
-
-    def form(e, x, ids, weights):
-        block = written(inner=lambda h, given: (kept.append(h), h)[1])(e, x, ids, weights)
-        return torch.cat((block, kept.pop()[:, :H]))
-
-    run = compiling(Routed(form), {"check": True})
+    run = compiling(Routed(read_in_between()), {"check": True})
     run(*routing(3))
     assert not any("bmm" in name for name in called(run.graphs[0]))
 
