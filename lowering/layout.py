@@ -216,7 +216,10 @@ def _nibbles_of_units(codes: torch.Tensor) -> torch.Tensor:
 
 def _halves_of_units(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Halves of words, int16 ``[..., rows / 16, K / 64, g, t, half of the rows, word, 2]``, and for each the other."""
-    halves = _in_units(codes, 32, "to_plain").view(torch.int16).unflatten(-1, (2, 2, 2))
+    units = _in_units(codes, 32, "to_plain")
+    if not torch.compiler.is_compiling() and units.storage_offset() % 2:
+        units = units.clone()  # such bytes are no 16-bit numbers to torch
+    halves = units.view(torch.int16).unflatten(-1, (2, 2, 2))
     lower, upper = halves.unbind(-1)
     return halves, torch.stack((upper, lower), -1)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fp4pass.lowering.layout import PLAIN, PLAIN_HIGH_FIRST, to_plain
+from fp4pass.lowering.layout import PLAIN, PLAIN_HIGH_FIRST, nibbles
 from fp4pass.lowering.reference import decode_codes
 from fp4pass.match.convention import ABSENT, MULTIPLY, Convention, codes_by_rows, run
 from fp4pass.match.fill import Fill, Meant, as_bytes, decoded, weight_shape
@@ -89,8 +89,7 @@ def _code_numbers(roles: Roles, fill: Fill, layout: str) -> torch.Tensor:
     """The number 0 to 15 of the code behind every weight, ``[rows, K]``."""
     *rows, k = weight_shape(roles, fill.sizes)
     stored = codes_by_rows(run, roles.arrangement, as_bytes(fill.of(roles.codes)), [*rows, k // 2])
-    codes = to_plain(stored, layout)
-    numbers = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    numbers = nibbles(stored, layout)
     return (numbers if roles.ids is None else numbers[fill.of(roles.ids)]).reshape(-1, roles.k)
 
 

@@ -113,6 +113,15 @@ def assert_round_trip(tensor, source, target, to_plain, from_plain, repack_):
     assert torch.equal(in_place.view(torch.uint8), changed.view(torch.uint8))
 
 
+@pytest.mark.parametrize("offset", (0, 1))
+@pytest.mark.parametrize("order", layout.LAYOUTS)
+def test_codes_one_by_one_from_any_byte(order, offset):
+    codes = random_codes((32, 128))
+    there = torch.cat((codes.new_zeros(offset), layout.from_plain(codes, order).flatten()))[offset:].view(codes.shape)
+    assert torch.equal(layout.to_plain(there, order), codes)
+    assert torch.equal(layout.nibbles(there, order), torch.stack((codes & 15, codes >> 4), -1).flatten(-2))
+
+
 @pytest.mark.parametrize("name", (layout.INTERLEAVED, layout.FRAGMENTS))
 @pytest.mark.parametrize("piece_bytes", (1, 64, 16 * 96 * 2))
 def test_repack_in_pieces_equals_repack_at_once(name, piece_bytes, monkeypatch):
