@@ -98,7 +98,8 @@ def faults(only: Launch, n: int, k: int, tokens: int, device: torch.device) -> s
     Also tried are some rows fewer, and a weight whose last tile is not full.
     """
     for rows in dict.fromkeys((n, max(16, n - 16))):
-        weight, dense = _random_weight(rows, k, device)
+        packed = nvfp4.quantize(torch.randn(rows, k, device=device))
+        weight, dense = _in_fragments(*packed), nvfp4.dequantize(*packed, torch.float64)
         for count in dict.fromkeys((tokens, max(1, tokens - 3))):
             x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
             exact = x.double() @ dense.mT
@@ -110,11 +111,8 @@ def faults(only: Launch, n: int, k: int, tokens: int, device: torch.device) -> s
     return ""
 
 
-def _random_weight(n: int, k: int, device: torch.device) -> tuple[Weight, torch.Tensor]:
-    """In ``fragments``, and decoded to float64."""
-    codes, scale, factor = nvfp4.quantize(torch.randn(n, k, device=device))
-    dense = nvfp4.dequantize(codes, scale, factor, torch.float64)
-    return (from_plain(codes, FRAGMENTS), scale_from_plain(scale.view(torch.uint8), FRAGMENTS), factor), dense
+def _in_fragments(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Weight:
+    return from_plain(codes, FRAGMENTS), scale_from_plain(scale.view(torch.uint8), FRAGMENTS), factor
 
 
 def _leave_nan_behind(device: torch.device) -> None:
@@ -132,7 +130,8 @@ def _try(task: Task) -> str:
     try:
         return faults(*task)
     except Exception as error:  # the compiler's, mostly: the launch does not fit
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+        first, *_ = f"{type(error).__name__}: {str(error).strip()}".splitlines()
+        return first[:180]
 
 
 def checked(tasks: Sequence[Task]) -> Iterator[str]:
@@ -156,7 +155,8 @@ def compare(
         tasks += [(each, case.n, case.k, count, device) for each in dict.fromkeys((taken, *tried)) if each is not None]
     wrong = dict(zip(tasks, checked(tasks), strict=True))
     for case in cases:
-        weights = [_random_weight(case.n, case.k, device)[0] for _ in range(copies(case.weight_bytes()))]
+        made = (nvfp4.quantize(torch.randn(case.n, case.k, device=device)) for _ in range(copies(case.weight_bytes())))
+        weights = [_in_fragments(*each) for each in made]
         sizes = {"size": (case.n, case.k), "device": device, "dtype": torch.bfloat16}
         dense = [torch.randn(**sizes) for _ in range(copies(2 * case.n * case.k))]
         for count in tokens:
