@@ -5,8 +5,9 @@
 Few rows are a matter of reading the weight, so nothing stands between memory and the product: a warp loads whole units
 of the layout ``fragments`` (16 rows by 64 columns, 512 bytes at once), decodes them in place and multiplies them as
 the left operand of ``mma.sync``. Of a program's warps some lie side by side along the weight's rows (ACROSS) and the
-others split K (SPLIT); the sums of those meet once, at the end. x is read as it is, once for all warps across, through
-shared memory: one row as a whole, more rows a step at a time (SLOTS steps of x are there).
+others split K (SPLIT); the sums of those meet once, at the end. A warp may take several units at a step, one below the
+other (HIGH). x is read as it is, once for all of these rows, through shared memory: one row as a whole, more rows a
+step at a time (SLOTS steps of x are there).
 
 For SM80 and later, bfloat16 and float16.
 """
@@ -39,14 +40,45 @@ def rows_of_tile(block_m):
 
 
 @gluon.jit
-def multiply(acc, tile, tokens, held):
-    """``acc [SPLIT, 16 * rows of units, M]`` plus a step's units times their columns of x."""
+def multiply(sums, tiles, tokens, held):
+    """Each of ``sums [SPLIT, 16 * rows of units, M]`` plus its units of a step times their columns of x."""
     SPLIT: gl.constexpr = tokens.shape[0]
-    MMA: gl.constexpr = acc.type.layout
-    weight = decode_units(tile[0], tile[1], held, tokens.dtype).reshape([SPLIT, acc.shape[1], 64])
-    weight = gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+    MMA: gl.constexpr = sums[0].type.layout
     x = gl.convert_layout(tokens.permute([0, 2, 1]), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
-    return mma_v2(weight, x, acc)
+    larger = ()
+    for high in gl.static_range(len(sums)):
+        words, scale = tiles[high]
+        weight = decode_units(words, scale, held, tokens.dtype).reshape([SPLIT, sums[high].shape[1], 64])
+        weight = gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+        larger = larger + (mma_v2(weight, x, sums[high]),)
+    return larger
+
+
+@gluon.constexpr_function
+def added_layout(split, across):
+    """Of the same where each thread adds up some of them, and then has neighbours along the rows of the weight."""
+    return gl.BlockedLayout([split, 2, 1], [1, 8, 4], [1, across, split], [1, 2, 0])
+
+
+@gluon.jit
+def add_up(sums):
+    """Each of ``sums [SPLIT, rows, M]`` added up over the warps that split K: several all at once."""
+    SPLIT: gl.constexpr = sums[0].shape[0]
+    ROWS: gl.constexpr = sums[0].shape[1]
+    M: gl.constexpr = sums[0].shape[2]
+    whole = ()
+    if len(sums) == 1:
+        whole = (gl.sum(sums[0], axis=0),)
+    else:
+        BANKS: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 8 if M > 8 else 4, [2, 1, 0])
+        places = ()
+        for high in gl.static_range(len(sums)):
+            place = gl.allocate_shared_memory(gl.float32, [SPLIT, ROWS, M], BANKS)
+            place.store(sums[high])
+            places = places + (place,)
+        for high in gl.static_range(len(sums)):
+            whole = whole + (gl.sum(places[high].load(added_layout(SPLIT, ROWS // 16)), axis=0),)
+    return whole
 
 
 @gluon.jit
@@ -80,10 +112,12 @@ def stream_product(
     EARLY: gl.constexpr,
     SLOTS: gl.constexpr,
     LEAST_KIB: gl.constexpr,
+    HIGH: gl.constexpr,
 ):
-    """float32 ``[rows of weight, rows_of_tile]``: code x scale / undo_factor times x; ``rows``: see load_unit.
+    """HIGH times float32 ``[rows of weight, rows_of_tile]``: code x scale / undo_factor times x.
 
-    DEPTH steps of the weight are on their way at any time, and SLOTS - 1 of x, if it has more than one row.
+    ``rows``: see ``fetch``. DEPTH steps of the weight are on their way at any time, and SLOTS - 1 of x, if it has more
+    than one row.
     """
     STEPS: gl.constexpr = (K // 64 + SPLIT - 1) // SPLIT
     RING: gl.constexpr = DEPTH if DEPTH < STEPS else STEPS
@@ -91,28 +125,29 @@ def stream_product(
     gl.static_assert(BLOCK_M == 1 or ROUNDS == 0 or RING % SLOTS == 0, "a step's slot is the same in every round")
     ring = ()
     for step in gl.static_range(RING):
-        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS),)
+        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS, HIGH),)
     if EARLY:
         # Weights are there before any kernel runs; x may be what the last one writes.
         wait_for_last()
     slots = first_tokens(x, x_rows, live, K, SPLIT, ACROSS, BLOCK_M, SLOTS, LEAST_KIB)
     held = zero_behind_a_barrier(SPLIT, ACROSS)
-    acc = gl.zeros([SPLIT, 16 * ACROSS, rows_of_tile(BLOCK_M)], gl.float32, layout=sums_layout(SPLIT, ACROSS))
+    nothing = gl.zeros([SPLIT, 16 * ACROSS, rows_of_tile(BLOCK_M)], gl.float32, layout=sums_layout(SPLIT, ACROSS))
+    sums = (nothing,) * HIGH
     for turn in range(ROUNDS):
         fresh = ()
         for place in gl.static_range(RING):
             now = turn * RING + place
             tokens = next_tokens(slots, x, x_rows, live, now, place, K, SPLIT, ACROSS, BLOCK_M)
-            acc = multiply(acc, ring[place], tokens, held)
-            fresh = fresh + (fetch(weight, rows, now + RING, K, SPLIT, ACROSS),)
+            sums = multiply(sums, ring[place], tokens, held)
+            fresh = fresh + (fetch(weight, rows, now + RING, K, SPLIT, ACROSS, HIGH),)
         ring = fresh
     DONE: gl.constexpr = ROUNDS * RING
     for step in gl.static_range(DONE + RING, STEPS):
-        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS),)
+        ring = ring + (fetch(weight, rows, step, K, SPLIT, ACROSS, HIGH),)
     for place in gl.static_range(STEPS - DONE):
         tokens = next_tokens(slots, x, x_rows, live, DONE + place, place, K, SPLIT, ACROSS, BLOCK_M)
-        acc = multiply(acc, ring[place], tokens, held)
-    return gl.sum(acc, axis=0)
+        sums = multiply(sums, ring[place], tokens, held)
+    return add_up(sums)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -134,13 +169,16 @@ def linear_kernel(
     SLOTS: gl.constexpr,
     EARLY: gl.constexpr,
     LEAST_KIB: gl.constexpr,
+    HIGH: gl.constexpr,
 ):
-    """``out [M, N]``, 16 ACROSS columns of it for BLOCK_M rows of x."""
+    """``out [M, N]``, 16 ACROSS HIGH columns of it for BLOCK_M rows of x."""
     SPLIT: gl.constexpr = gl.num_warps() // ACROSS
-    SUMS: gl.constexpr = gl.SliceLayout(0, sums_layout(SPLIT, ACROSS))
     if EARLY:
         let_next_begin()
-    row = gl.program_id(0) * ACROSS
+    row = gl.program_id(0) * (ACROSS * HIGH)
+    if HIGH > 1:
+        # The last program computes again what another does, rather than less than all others.
+        row = gl.minimum(row, N // 16 - ACROSS * HIGH)
     first = gl.program_id(1) * BLOCK_M
     factor = undo_factor(True)
     if global_scale is not None:
@@ -151,20 +189,22 @@ def linear_kernel(
     live = m < M
     x_rows = m.to(gl.int64) * stride_xm
     rows = (row, N // 16 - row)
-    acc = stream_product(
-        x, x_rows, live, (words, scale), rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, EARLY, SLOTS, LEAST_KIB
+    sums = stream_product(
+        x, x_rows, live, (words, scale), rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, EARLY, SLOTS, LEAST_KIB, HIGH
     )
-    acc = acc * factor
-    n = row * 16 + gl.arange(0, 16 * ACROSS, layout=gl.SliceLayout(1, SUMS))
-    m = first + gl.arange(0, rows_of_tile(BLOCK_M), layout=gl.SliceLayout(0, SUMS))
-    if bias is not None:
-        acc += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-    acc = activate(acc, ACTIVATION)
-    gl.store(
-        out + m.to(gl.int64)[None, :] * N + n[:, None],
-        acc.to(out.dtype.element_ty),
-        mask=(n < N)[:, None] & (m < gl.minimum(M, first + BLOCK_M))[None, :],
-    )
+    SUMS: gl.constexpr = sums[0].type.layout
+    for high in gl.static_range(HIGH):
+        acc = sums[high] * factor
+        n = (row + high * ACROSS) * 16 + gl.arange(0, 16 * ACROSS, layout=gl.SliceLayout(1, SUMS))
+        m = first + gl.arange(0, rows_of_tile(BLOCK_M), layout=gl.SliceLayout(0, SUMS))
+        if bias is not None:
+            acc += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
+        gl.store(
+            out + m.to(gl.int64)[None, :] * N + n[:, None],
+            acc.to(out.dtype.element_ty),
+            mask=(n < N)[:, None] & (m < gl.minimum(M, first + BLOCK_M))[None, :],
+        )
 
 
 @gluon.jit(do_not_specialize=["slots_of_x"])
@@ -234,10 +274,10 @@ def experts_kernel(
     x_rows = (row_of_x // slots_of_x).to(gl.int64) * stride_xm
     weight = (words + expert * N * (K // 8), scale + expert * N * (K // 32))
     rows = (row, N // 16 - row)
-    acc = stream_product(
-        x, x_rows, present, weight, rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS, LEAST_KIB
+    sums = stream_product(
+        x, x_rows, present, weight, rows, K, SPLIT, ACROSS, DEPTH, BLOCK_M, CHAINED == 2, SLOTS, LEAST_KIB, 1
     )
-    acc = activate(acc * factor, ACTIVATION)
+    acc = activate(sums[0] * factor, ACTIVATION)
     if weights is not None:
         acc = acc * gl.load(weights + slot).to(gl.float32)[None, :]
     n = row * 16 + gl.arange(0, 16 * ACROSS, layout=gl.SliceLayout(1, SUMS))
@@ -260,7 +300,8 @@ def linear(
     m, k = rows.shape
     n = out.shape[1]
     rows = _readable(rows)
-    linear_kernel[(triton.cdiv(n // 16, launch.across), triton.cdiv(m, launch.block_m))](
+    high = max(1, min(launch.high, n // (16 * launch.across)))
+    linear_kernel[(triton.cdiv(n // 16, launch.across * high), triton.cdiv(m, launch.block_m))](
         rows,
         weight.words,
         weight.scale_pairs,
@@ -273,6 +314,7 @@ def linear(
         K=k,
         ACTIVATION=activation,
         EARLY=launch.early,
+        HIGH=high,
         launch_pdl=launch.early,
         **launch.constants,
     )

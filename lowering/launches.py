@@ -16,9 +16,10 @@ class FewRows:
     """A launch of few_rows.py: warps, steps under way at once, rows of x (1, or a multiple of 8).
 
     ``across``: how many of the warps lie side by side along the weight's rows; the others split K. ``slots``: steps of
-    x in shared memory where it has several rows. ``room``: with one row, how many programs a multiprocessor of SM90
-    takes at most, 0 for as many as fit: more of them come unevenly to where the last kernel ended first. ``early``: it
-    begins to read its weight while the kernel before it ends (programmatic dependent launch, SM90).
+    x in shared memory where it has several rows. ``room``: how many programs a multiprocessor of SM90 takes at most, 0
+    for as many as fit: more of them come unevenly to where the last kernel ended first. ``early``: it begins to read
+    its weight while the kernel before it ends (programmatic dependent launch, SM90). ``high``: how many units each warp
+    takes at a step, one below the other; it is for dense products, which read x less often then.
     """
 
     warps: int
@@ -28,9 +29,10 @@ class FewRows:
     slots: int = 0
     room: int = 0
     early: bool = False
+    high: int = 1
 
     def __str__(self) -> str:
-        return f"few rows: {self.block_m}x{16 * self.across}, {self.warps} warps"
+        return f"few rows: {self.block_m}x{16 * self.across * self.high}, {self.warps} warps"
 
     @property
     def constants(self) -> dict[str, int]:
@@ -125,29 +127,45 @@ _MMA = (
 # Of a low weight two groups share K, and the next kernel begins beside them. The largest tile is the fastest where it
 # is full and there are enough of them.
 _MIDDLE, _LARGE = ManyRows(128, 4), ManyRows(256, 5, deep=1)
-_LOW_ONE, _LOW_64 = replace(_ONE, room=3), ManyRows(64, 4, room=2, across=1, split=2)
-_UP_TO_64 = (
-    (1, _LOW_ONE),
-    (8, ManyRows(8, 6, room=2, across=1, split=2)),
-    (16, ManyRows(16, 6, room=2, across=1, split=2)),
-    (32, ManyRows(32, 6, room=2, across=1, split=2)),
-    (64, _LOW_64),
+_LOW_ONE = replace(_ONE, room=3)
+_LOW_8, _LOW_16, _LOW_32, _LOW_64 = (
+    ManyRows(rows, stages, room=2, across=1, split=2) for rows, stages in ((8, 6), (16, 6), (32, 6), (64, 4))
 )
 _NARROW = _dense_on_hopper(
     (1, _LOW_ONE),
     (8, FewRows(4, 8, 8, slots=8)),
     (16, FewRows(4, 8, 16, slots=8)),
     (256, FewRows(4, 8, 32, slots=8)),
-    (1024, ManyRows(64, 4, room=2)),
+    (1024, _LOW_32),
     (2048, _MIDDLE),
 )
-_LOW = _dense_on_hopper(*_UP_TO_64, (128, ManyRows(64, 4, room=2)), (1024, _MIDDLE))
-_MEDIUM = _dense_on_hopper(*_UP_TO_64, (128, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
-_HIGH = _dense_on_hopper(*_UP_TO_64, (512, _MIDDLE))
-_WIDE_FEW = ((8, ManyRows(8, 6, 2, across=1, split=2)), (16, ManyRows(16, 6, 2, across=1, split=2)))
-_WIDE_SHORT = _dense_on_hopper(
-    (1, _ONE), *_WIDE_FEW, (32, ManyRows(32, 4, 2)), (64, ManyRows(64, 4, room=2)), (384, _MIDDLE)
+# Of a weight of few columns all that a program reads is on its way at once, while the last kernel still runs elsewhere.
+# That is slower where programs have much to read and are too few for all multiprocessors, and for one row (of which any
+# number of programs may read) where they are just enough.
+_AT_ONCE = (
+    (1, FewRows(8, 8, 1, room=1, high=2)),
+    (8, FewRows(8, 8, 8, slots=8, room=1, high=2)),
+    (16, FewRows(8, 8, 16, slots=4, room=1, high=2)),
 )
+_BY_AND_BY = (_AT_ONCE[0], (8, _LOW_8), (16, _LOW_16))
+_LOW, _LOW_LONG = (
+    _dense_on_hopper(*few, (32, _LOW_32), (64, _LOW_64), (128, ManyRows(64, 4, room=2)), (1024, _MIDDLE))
+    for few in (_AT_ONCE, _BY_AND_BY)
+)
+_MEDIUM_SHORT, _MEDIUM, _MEDIUM_LONG = (
+    _dense_on_hopper(*few, (32, _LOW_32), (128, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
+    for few in (((1, _LOW_ONE), *_AT_ONCE[1:]), _AT_ONCE, _BY_AND_BY)
+)
+_HIGH = _dense_on_hopper((1, _LOW_ONE), (8, _LOW_8), (16, _LOW_16), (32, _LOW_32), (64, _LOW_64), (512, _MIDDLE))
+_WIDE_FEW = ((8, ManyRows(8, 6, 2, across=1, split=2)), (16, ManyRows(16, 6, 2, across=1, split=2)))
+_MORE_OF_SHORT = ((32, ManyRows(32, 4, 2)), (64, ManyRows(64, 4, room=2)), (384, _MIDDLE))
+_WIDE_SHORT = _dense_on_hopper(
+    (1, _ONE),
+    (8, FewRows(4, 12, 8, slots=4, high=2)),
+    (16, FewRows(4, 12, 16, slots=4, high=2)),
+    *_MORE_OF_SHORT,
+)
+_WIDER_SHORT = _dense_on_hopper((1, _ONE), *_WIDE_FEW, *_MORE_OF_SHORT)
 _WIDE_MANY = ((64, ManyRows(64, 3, 2)), (128, _MIDDLE), (256, _LARGE), (384, _MIDDLE))
 _WIDE = _dense_on_hopper((1, FewRows(4, 8, 1)), *_WIDE_FEW, (32, ManyRows(32, 6, 2, across=1, split=2)), *_WIDE_MANY)
 _WIDE_LONG = _dense_on_hopper(
@@ -181,10 +199,11 @@ _EXPERTS = (
     (ANY, _LARGE),
 )
 # From how many rows on a weight is low, medium and so on; below that it is narrow. Up to medium ones two rows of tiles
-# fill the multiprocessors of an H200 at most once.
-_LEAST_LOW, _LEAST_MEDIUM, _LEAST_HIGH, LEAST_WIDE, _LEAST_HUGE = 768, 3072, 4225, 8192, 65536
+# fill the multiprocessors of an H200 at most once; full ones nearly, by 32 rows a program.
+_LEAST_LOW, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 3072, 3969, 4225
+LEAST_WIDE, _LEAST_WIDER, _LEAST_HUGE = 8192, 10561, 65536
 # Its columns.
-_LEAST_USUAL, _LEAST_LONG = 4096, 8192
+_LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
 # Triton 3.6 does not compile many_rows.py for a single step.
@@ -206,7 +225,9 @@ def launch(rows: int, columns: int, depth: int, *, experts: bool, wgmma: bool) -
 
 def launches(*, wgmma: bool) -> Iterator[tuple[bool, FewRows | ManyRows]]:
     """Every launch that there is for such GPUs, once: (of experts, launch)."""
-    dense = (_NARROW, _LOW, _MEDIUM, _HIGH, _WIDE_SHORT, _WIDE, _WIDE_LONG, _HUGE) if wgmma else (_MMA_LOW, _MMA)
+    low = (_NARROW, _LOW, _LOW_LONG, _MEDIUM_SHORT, _MEDIUM, _MEDIUM_LONG, _HIGH)
+    wide = (_WIDE_SHORT, _WIDER_SHORT, _WIDE, _WIDE_LONG, _HUGE)
+    dense = (*low, *wide) if wgmma else (_MMA_LOW, _MMA)
     tables = [(False, table) for table in dense] + [(True, _EXPERTS if wgmma else _MMA_EXPERTS)]
     yield from sorted({(experts, found) for experts, table in tables for _, found in table}, key=str)
 
@@ -220,7 +241,12 @@ def _table(columns: int, depth: int, *, experts: bool, wgmma: bool) -> Launches:
     if columns >= _LEAST_HUGE:
         return _HUGE
     if wide:
-        return _WIDE_SHORT if depth < _LEAST_USUAL else _WIDE if depth < _LEAST_LONG else _WIDE_LONG
+        if depth < _LEAST_USUAL:
+            return _WIDE_SHORT if columns < _LEAST_WIDER else _WIDER_SHORT
+        return _WIDE if depth < _LEAST_LONG else _WIDE_LONG
+    if columns < _LEAST_LOW or columns >= _LEAST_HIGH:
+        return _NARROW if columns < _LEAST_LOW else _HIGH
+    long = depth >= _LEAST_LONG_OF_LOW and columns < _LEAST_FULL
     if columns < _LEAST_MEDIUM:
-        return _NARROW if columns < _LEAST_LOW else _LOW
-    return _MEDIUM if columns < _LEAST_HIGH else _HIGH
+        return _LOW_LONG if long else _LOW
+    return _MEDIUM_LONG if long else _MEDIUM if depth >= _LEAST_USUAL else _MEDIUM_SHORT

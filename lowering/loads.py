@@ -72,7 +72,8 @@ def load_unit(
 ):
     """A step's units ``[SPLIT, rows of units, SIZE]``: ``step * SPLIT + part`` along K; zero past the end of K.
 
-    ``rows``: (the first row of units, how many there are from it on). What is past them is read as the last of them.
+    ``rows``: (the first row of units, how many there are from it on, which is one at least). What is past them is read
+    as the last of them.
     """
     row, live = rows
     UNITS: gl.constexpr = K // 64
@@ -81,7 +82,9 @@ def load_unit(
     extra = gl.arange(0, ACROSS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     element = gl.arange(0, SIZE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     unit = step * SPLIT + part
-    where = weight + (row.to(gl.int64) * UNITS) * SIZE + (gl.minimum(extra, live - 1) * UNITS + unit) * SIZE + element
+    if ACROSS > 1:
+        extra = gl.minimum(extra, live - 1)
+    where = weight + (row.to(gl.int64) * UNITS) * SIZE + (extra * UNITS + unit) * SIZE + element
     # The codes are read once: they need not stay near.
     NEAR: gl.constexpr = "" if SIZE == UNIT_SCALES else ".cg"
     if UNITS % SPLIT == 0:
@@ -90,13 +93,36 @@ def load_unit(
 
 
 @gluon.jit
-def fetch(weight, rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr):
-    """Codes and scales of a step."""
+def fetch(weight, rows, step, K: gl.constexpr, SPLIT: gl.constexpr, ACROSS: gl.constexpr, HIGH: gl.constexpr):
+    """Codes and scales of a step, HIGH times: of the rows of units from ``rows`` on, of those below them, and so on."""
     words, scale = weight
-    return (
-        load_unit(words, rows, step, K, SPLIT, ACROSS, UNIT_WORDS),
-        load_unit(scale, rows, step, K, SPLIT, ACROSS, UNIT_SCALES),
-    )
+    row, live = rows
+    fetched = ()
+    for high in gl.static_range(HIGH):
+        these = (row + high * ACROSS, live - high * ACROSS)
+        fetched = fetched + (
+            (
+                load_unit(words, these, step, K, SPLIT, ACROSS, UNIT_WORDS),
+                load_unit(scale, these, step, K, SPLIT, ACROSS, UNIT_SCALES),
+            ),
+        )
+    return fetched
+
+
+@gluon.jit
+def take(KIB: gl.constexpr):
+    """So much shared memory that nothing uses, until ``release``: it keeps other programs away."""
+    rest = ()
+    if KIB > 0:
+        rest = (gl.allocate_shared_memory(gl.int32, [KIB, 256], gl.SwizzledSharedLayout(1, 1, 1, [0])),)
+    return rest
+
+
+@gluon.jit
+def release(rest):
+    """See ``take``."""
+    for at in gl.static_range(len(rest)):
+        rest[at]._keep_alive()
 
 
 @gluon.jit
@@ -108,15 +134,12 @@ def copy_row(row, K: gl.constexpr, SPLIT: gl.constexpr, LEAST_KIB: gl.constexpr)
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     STRAIGHT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     copied = gl.allocate_shared_memory(row.dtype.element_ty, [STEPS * SPLIT, 1, 64], STRAIGHT)
-    REST: gl.constexpr = LEAST_KIB - STEPS * SPLIT // 8
-    if REST > 0:
-        rest = gl.allocate_shared_memory(gl.int32, [REST, 256], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    rest = take(LEAST_KIB - STEPS * SPLIT // 8)
     k = unit * 64 + column
     copy_async(copied, row + k, mask=k < K)
     async_copy.commit_group()
     async_copy.wait_group(0)
-    if REST > 0:
-        rest._keep_alive()
+    release(rest)
     return reinterpret(copied, row.dtype.element_ty, [STEPS, SPLIT, 1, 64], STRAIGHT)
 
 
@@ -159,8 +182,12 @@ def first_tokens(
         slots = ()
         for _ in gl.static_range(SLOTS):
             slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)
+        STEPS: gl.constexpr = (K // 64 + SPLIT - 1) // SPLIT
+        # A slot that no step has takes no memory.
+        rest = take(LEAST_KIB - min(SLOTS, STEPS) * SPLIT * BLOCK_M // 8)
         for step in gl.static_range(SLOTS - 1):
             copy_tokens(slots[step], x, x_rows, live, step, K, SPLIT, ACROSS)
+        release(rest)
         return slots
 
 

@@ -57,7 +57,7 @@ def compile_linear(
     if not plain:
         types |= {"global_scale": "*fp32", "bias": POINTER[dtype]}
     if isinstance(launch, FewRows):
-        constants = {"K": k, "EARLY": launch.early, "ACTIVATION": activation}
+        constants = {"K": k, "EARLY": launch.early, "HIGH": launch.high, "ACTIVATION": activation}
         return compile_gluon(few_rows.linear_kernel, types | _few_operands(dtype), constants, arch, launch)
     constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": activation}
     return compile_gluon(many_rows.product_kernel, types | _many_operands(dtype, launch), constants, arch, launch)

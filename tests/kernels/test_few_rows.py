@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -44,7 +46,7 @@ def every_launch():
             again = (experts, launch) in listed and launch.block_m < 64
             listed.add((experts, launch))
             for product in products(experts, launch):
-                size = f"{launch.block_m}x16x{launch.across}"
+                size = f"{launch.block_m}x16x{launch.across}x{launch.high}"
                 name = f"sm{generation.sm}-{product}-{size}-{launch.warps}warps-{launch.depth}steps-{launch.room}room"
                 yield pytest.param(
                     generation,
@@ -55,14 +57,26 @@ def every_launch():
                 )
 
 
+def deep(generation, launch):
+    """As many columns as make a loop, if a launch is taken for weights of so many."""
+    return 8192 if (generation.sm, launch) in TAKEN_FOR_DEEP_ONES else LESS_THAN_USUAL
+
+
 def compiled(generation, launch, product):
-    """The fewest rows over 8192 columns, so that there is a loop; the others over as many as nano has."""
+    """The fewest rows over many columns; the others over as many as nano has."""
     if product == "dense":
-        k = 8192 if launch.block_m <= 16 else compiling.HIDDEN
+        k = deep(generation, launch) if launch.block_m <= 16 else compiling.HIDDEN
         return compiling.compile_linear(generation, launch, torch.bfloat16, k=k)
     return compiling.compile_experts(generation, launch, torch.bfloat16, product)
 
 
+LESS_THAN_USUAL = 4032  # see launches.py
+TAKEN_FOR_DEEP_ONES = {
+    (generation.sm, generation.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=8192))
+    for generation in arch.ARCHS.values()
+    for rows in range(1, 257)
+    for columns in (256, 1024, 3072, 4352, 8192, 65536)
+}
 DENSE = [each for experts, each in launches(wgmma=True) if isinstance(each, FewRows) and not experts]
 
 
@@ -85,20 +99,21 @@ EACH_DENSE = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("k", (compiling.HIDDEN, 8192))
+@pytest.mark.parametrize("looping", (False, True))
 @EACH_DENSE
-def test_weight_is_on_its_way_before_the_first_product(launch, k):
+def test_weight_is_on_its_way_before_the_first_product(launch, looping):
     """Left alone, ptxas moves loads next to their uses: over nano's columns, where there is no loop, it did.
 
     A warp then waits for memory at every step. So before the first product stand all loads of the first DEPTH steps,
     and behind them the barrier that they may not pass.
     """
+    k = deep(HOPPER, launch) if looping else compiling.HIDDEN
     code = compiling.operations(compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k))
     product, barrier = (compiling.places(code, name)[0] for name in ("HMMA", "BAR.SYNC"))
     steps = -(-k // (64 * launch.warps // launch.across))
     for load in (CODES, SCALES):
         early = [place for place in compiling.places(code, load) if place < barrier]
-        assert len(early) == min(steps, launch.depth), load
+        assert len(early) == min(steps, launch.depth) * launch.high, load
     assert barrier < product
 
 
@@ -120,7 +135,7 @@ def test_an_early_launch_reads_its_weight_before_it_waits_and_its_tokens_after(l
     assert (len(begins), len(waits)) == ((1, 1) if launch.early else (0, 0))
     if launch.early:
         codes = [place for place in compiling.places(code, CODES) if place < waits[0]]
-        assert begins[0] < codes[0] and len(codes) == launch.depth
+        assert begins[0] < codes[0] and len(codes) == launch.depth * launch.high
         assert waits[0] < min(compiling.places(code, TOKENS) + compiling.places(code, "STG"))
 
 
@@ -143,7 +158,8 @@ def test_x_passes_through_shared_memory_once_for_all_warps(launch):
 
 
 def test_a_launch_with_room_for_some_programs_has_none_for_one_more():
-    (launch,) = (each for each in DENSE if each.room)
-    for k in (1024, 8192):
+    limited = [each for each in DENSE if each.room]
+    assert limited
+    for launch, k in itertools.product(limited, (1024, 8192)):
         taken = compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k).metadata.shared
         assert launch.room * (taken + 1024) <= 228 << 10 < (launch.room + 1) * (taken + 1024)
