@@ -112,6 +112,21 @@ def check_experts(
     _check_size(op, "weights", weights, 1, ids.shape[1], "k of ids")
 
 
+def check_dequantize(
+    op: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    layout: str,
+    dtype: torch.dtype,
+) -> None:
+    """A weight or one for each expert, and what it shall become."""
+    if dtype not in (*_FLOATS, torch.float64):
+        seen, expected = (_names(dtypes) for dtypes in ((dtype,), (*_FLOATS, torch.float64)))
+        raise _refusal(op, "dtype", "is no dtype of a weight", seen, expected, "convert the result instead")
+    _check_weight(op, "", 3 if codes.dim() == 3 else 2, codes, codes, scale, global_scale, layout)
+
+
 def check_fp8_linear(
     op: str,
     x: torch.Tensor,
@@ -254,7 +269,7 @@ def _check_size(op: str, name: str, operand: torch.Tensor, dim: int, size: int |
 def _check_device(op: str, name: str, operand: torch.Tensor, x: torch.Tensor) -> None:
     if operand.device != x.device:
         raise _refusal(
-            op, name, "is on another device", str(operand.device), f"{x.device}, as the activations", "move it there"
+            op, name, "is on another device", str(operand.device), f"{x.device}, as the other operands", "move it there"
         )
 
 

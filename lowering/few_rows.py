@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from .decode import undo_factor
 from .launches import FewRows
 from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout
-from .operands import Schedule, Weight
+from .operands import Schedule, Weight, multiprocessors
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
 
@@ -300,8 +300,13 @@ def linear(
     m, k = rows.shape
     n = out.shape[1]
     rows = _readable(rows)
+    constants = launch.constants
     high = max(1, min(launch.high, n // (16 * launch.across)))
-    linear_kernel[(triton.cdiv(n // 16, launch.across * high), triton.cdiv(m, launch.block_m))](
+    tiles = triton.cdiv(n // 16, launch.across * high), triton.cdiv(m, launch.block_m)
+    if tiles[0] * tiles[1] > launch.room * multiprocessors(rows.device):
+        # Better unevenly than one after the other: that GPU is not as large as the one that the launch was chosen for.
+        constants["LEAST_KIB"] = 0
+    linear_kernel[tiles](
         rows,
         weight.words,
         weight.scale_pairs,
@@ -316,7 +321,7 @@ def linear(
         EARLY=launch.early,
         HIGH=high,
         launch_pdl=launch.early,
-        **launch.constants,
+        **constants,
     )
 
 

@@ -15,8 +15,6 @@ order, the sums that the others have left in ``parts`` (exchange.py). It waits o
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -34,7 +32,7 @@ from .exchange import collect, leave, places
 from .gather import by_expert
 from .launches import ManyRows
 from .loader import load
-from .operands import Schedule, Weight
+from .operands import Schedule, Weight, multiprocessors
 from .reference import NO_ACTIVATION
 from .sharing import shares, stretch
 from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, decode_units, let_next_begin
@@ -281,12 +279,7 @@ def _product(
 
 
 def _programs(like: torch.Tensor, launch: ManyRows) -> int:
-    return _multiprocessors(like.device.index) * launch.resident
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return multiprocessors(like.device) * launch.resident
 
 
 def _swizzled() -> gl.NVMMASharedLayout:

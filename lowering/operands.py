@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -77,6 +78,12 @@ def launch_for(
         return tile
     launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
     return tile if isinstance(launch, ManyRows) and not weight.aligned else launch
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def has_dot_order(x: torch.Tensor, weight: Weight, *, asm: bool) -> bool:

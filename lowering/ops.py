@@ -6,12 +6,16 @@
 ``gathered_linear``       one expert a row by its id; x ``[S, K]`` -> ``[S, N]``
 ``grouped_linear``        rows sorted by expert, with cumulative ends; x ``[S, K]`` -> ``[S, N]``
 ``experts``               up product, activation, down product, routing weights, sum; ``[T, O]``
+``dequantize``            the whole weight ``[..., N, K]`` in a dtype, for graphs
 ========================  ======================================================================
 
 A weight is ``e2m1(codes) * e4m3(scale) * global_scale``: codes uint8 ``[..., N, K/2]`` in ``layout``, scale uint8
 ``[..., N, K/16]`` (the bytes of E4M3), global_scale float32 ``[]``, ``[1]`` or one an expert, or None. Activations are
 bfloat16, float16 or float32; the result has their dtype, but that of ``linear`` has ``out_dtype`` where one is given.
 Every op raises ArgumentError for operands that do not fit.
+
+``dequantize`` is composite: for dynamo it is one operation to trace instead of up to seventy, and whoever traces on
+(AOTAutograd, before any pass sees the graph) finds the plain operations that it consists of.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ _SCHEMAS = {
         "(Tensor x, Tensor ids, Tensor weights, Tensor up_codes, Tensor up_scale, Tensor? up_global,"
         " Tensor down_codes, Tensor down_scale, Tensor? down_global, str activation, str layout) -> Tensor"
     ),
+    "dequantize": "(Tensor codes, Tensor scale, Tensor? global_scale, str layout, ScalarType dtype) -> Tensor",
 }
 OPS = tuple(_SCHEMAS)
 """Names of the ops in the namespace ``fp4pass``."""
@@ -58,6 +63,7 @@ def _check(op: str, args: tuple[Any, ...]) -> None:
         "linear_backward": checks.check_linear_backward,
         "gathered_linear": checks.check_gathered,
         "grouped_linear": checks.check_grouped,
+        "dequantize": checks.check_dequantize,
     }[op]
     check(op, *args)
 
@@ -86,6 +92,14 @@ def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
     launch = getattr(kernels(op), op)
     with torch.cuda.device_of(args[0]):
         return launch(*args)
+
+
+def _dequantize(*args: Any) -> torch.Tensor:
+    """Rounded to the dtype once, from float32 (float64 for float64)."""
+    _check("dequantize", args)
+    codes, scale, global_scale, layout, dtype = args
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return reference.dequantize(codes, scale, global_scale, wide, layout).to(dtype)
 
 
 def kernels(op: str) -> ModuleType:
@@ -171,6 +185,9 @@ def _refuse_gradient(op: str) -> None:
 def _register(op: str) -> None:
     name = f"{NAMESPACE}::{op}"
     torch.library.define(name, _SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    if op == "dequantize":
+        torch.library.impl(name, "CompositeImplicitAutograd", _dequantize)
+        return
     torch.library.impl(name, "CPU", lambda *args: _on_cpu(op, args))
     torch.library.impl(name, "CUDA", lambda *args: _on_cuda(op, args))
     torch.library.register_fake(name, lambda *args: _fake(op, args))

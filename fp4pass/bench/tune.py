@@ -1,6 +1,7 @@
 """Launches of one linear layer beside each other, for whoever chooses them in lowering/launches.py.
 
-    python -m fp4pass.bench.tune --shapes nano.out_proj 256x2688 --tokens 16 64 -- "ManyRows(16, 6, room=2)" ...
+    python -m fp4pass.bench.tune "nano.out_proj 8 16 | ManyRows(16, 6, room=2)" "256x2688 64 | ..." ...
+    python -m fp4pass.bench.tune @FILE     # such lines
 
 Speed alone chooses nothing: a launch may be wrong at some shapes and right at others, or never end. So each is first
 held against float64, in a process of its own and among memory full of NaN; what fails there is not timed.
@@ -144,29 +145,53 @@ def checked(tasks: Sequence[Task]) -> Iterator[str]:
                 yield f"not done after {_SECONDS} s"
 
 
-def compare(
-    cases: Sequence[Dense], tokens: Sequence[int], tried: Sequence[Launch], device: torch.device
-) -> Iterator[str]:
-    """A line for each case and number of tokens with BF16's time, and one for each launch: the tables' first."""
+@dataclass(frozen=True)
+class Trial:
+    """Launches to try for a weight and a number of rows of x."""
+
+    case: Dense
+    tokens: int
+    tried: tuple[Launch, ...]
+
+
+def parse_trials(line: str) -> list[Trial]:
+    """``SHAPE TOKENS ... | LAUNCH | LAUNCH ...``: a trial for each number of tokens. Raises OptionError for no such."""
+    what, *tried = (part.strip() for part in line.split("|"))
+    shape, *tokens = what.split() or [""]
+    if not tokens or not all(map(str.isdecimal, tokens)):
+        raise OptionError(
+            "this is nothing to try",
+            seen=line,
+            expected="SHAPE TOKENS ... | LAUNCH | LAUNCH ...",
+            do='write "nano.out_proj 8 16 | FewRows(8, 8, 16, slots=4, early=True)"',
+        )
+    case, launches = parse_shape(shape), tuple(map(parse_launch, tried))
+    return [Trial(case, int(count), launches) for count in tokens]
+
+
+def compare(trials: Sequence[Trial], device: torch.device) -> Iterator[str]:
+    """A line for each trial with BF16's time, and one for each launch: the tables' first."""
     wgmma = target(device).wgmma
-    tasks = []
-    for case, count in itertools.product(cases, tokens):
-        taken = launch(count, case.n, case.k, experts=False, wgmma=wgmma)
-        tasks += [(each, case.n, case.k, count, device) for each in dict.fromkeys((taken, *tried)) if each is not None]
-    wrong = dict(zip(tasks, checked(tasks), strict=True))
-    for case in cases:
+    tasks: dict[Trial, list[Task]] = {}
+    for trial in trials:
+        case = trial.case
+        taken = launch(trial.tokens, case.n, case.k, experts=False, wgmma=wgmma)
+        all_of_it = [each for each in dict.fromkeys((taken, *trial.tried)) if each is not None]
+        tasks[trial] = [(each, case.n, case.k, trial.tokens, device) for each in all_of_it]
+    every = list(dict.fromkeys(itertools.chain.from_iterable(tasks.values())))
+    wrong = dict(zip(every, checked(every), strict=True))
+    for case, same in itertools.groupby(tasks, lambda trial: trial.case):
         made = (nvfp4.quantize(torch.randn(case.n, case.k, device=device)) for _ in range(copies(case.weight_bytes())))
         weights = [_in_fragments(*each) for each in made]
         sizes = {"size": (case.n, case.k), "device": device, "dtype": torch.bfloat16}
         dense = [torch.randn(**sizes) for _ in range(copies(2 * case.n * case.k))]
-        for count in tokens:
+        for trial in same:
+            count = trial.tokens
             x, least = torch.randn(count, case.k, device=device, dtype=torch.bfloat16), roofline(*case.cost(count))
             bf16 = microseconds([functools.partial(product, x, each) for each in dense], device, least)
             yield f"{case.name} {case.shape}, {count} tokens: BF16 {bf16:.2f} us, roofline {least:.2f}"
-            for task, fault in wrong.items():
-                if task[1:4] != (case.n, case.k, count):
-                    continue
-                if fault:
+            for task in tasks[trial]:
+                if fault := wrong[task]:
                     yield f"  {fault}  {task[0]!r}"
                 else:
                     ours = microseconds([functools.partial(run_with, task[0], x, e) for e in weights], device, least)
@@ -175,19 +200,26 @@ def compare(
 
 def main(given: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for arguments or a machine that do not allow it."""
-    parser = argparse.ArgumentParser("python -m fp4pass.bench.tune", description="launches of a linear layer, timed")
-    parser.add_argument("--shapes", nargs="+", required=True, metavar="NAME|NxK")
-    parser.add_argument("--tokens", nargs="+", type=int, required=True, metavar="N")
-    parser.add_argument("launches", nargs="*", metavar="LAUNCH", help="beside the one that the tables have")
-    asked = parser.parse_args(given)
+    parser = argparse.ArgumentParser(
+        "python -m fp4pass.bench.tune",
+        description="launches of linear layers, held against float64 and timed",
+        fromfile_prefix_chars="@",
+    )
+    parser.add_argument(
+        "trials",
+        nargs="+",
+        metavar="TRIAL",
+        help="'SHAPE TOKENS ... | LAUNCH | LAUNCH ...', with SHAPE a name or NxK; @FILE: a line for each",
+    )
+    lines = filter(str.strip, parser.parse_args(given).trials)
     try:
-        cases, tried = list(map(parse_shape, asked.shapes)), list(map(parse_launch, asked.launches))
+        trials = list(itertools.chain.from_iterable(map(parse_trials, lines)))
         device = gpu()
     except Fp4passError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{header(machine(device))}\nmicroseconds, time of BF16 over it; the first launch is what the tables have")
-    for line in compare(cases, asked.tokens, tried, device):
+    for line in compare(trials, device):
         print(line, flush=True)
     return 0
 

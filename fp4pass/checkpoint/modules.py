@@ -1,7 +1,8 @@
 """The modules that stand in for a model's linear layers and experts while their weights stay in NVFP4.
 
-Traced, their forward is plain PyTorch that decodes the weight and multiplies: that is the reference, and what the
-compiler pass sees and replaces. Outside tracing it calls fp4pass's op, which never holds a decoded weight.
+Traced, their forward decodes the weight and multiplies, in plain PyTorch once dynamo is done (see ``dequantize`` in
+lowering/ops.py): that is the reference, and what the compiler pass sees and replaces. Outside tracing it calls
+fp4pass's op, which never holds a decoded weight.
 """
 
 from __future__ import annotations
@@ -16,10 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fp4pass.errors import CheckpointError
-from fp4pass.lowering import (
-    ops,  # noqa: F401  (registers torch.ops.fp4pass)
-    reference,
-)
+from fp4pass.lowering import reference
 
 from .packed import BLOCK, PackedModule, Parts, Scalar
 

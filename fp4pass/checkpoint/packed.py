@@ -17,7 +17,10 @@ import torch
 from torch import nn
 
 from fp4pass.errors import CheckpointError
-from fp4pass.lowering import reference
+from fp4pass.lowering import (
+    ops,  # noqa: F401  (registers torch.ops.fp4pass)
+    reference,
+)
 from fp4pass.lowering.layout import PLAIN, check_layout, layout_for, repack_codes_, repack_scale_
 
 BLOCK = reference.GROUP
@@ -121,8 +124,7 @@ class PackedModule(nn.Module):
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Matrix ``name`` decoded to [..., N, K] in ``dtype``, rounded once (from float32, or float64 for float64)."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return reference.dequantize(*self.operands(name), wide, self.layout).to(dtype)
+        return torch.ops.fp4pass.dequantize(*self.operands(name), self.layout, dtype)
 
     def packed_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter of everything whose bytes are the checkpoint's: codes, scales, input scales."""

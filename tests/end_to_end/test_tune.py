@@ -55,6 +55,24 @@ def test_shapes_are_named_or_given():
             tune.parse_shape(text)
 
 
+def test_a_trial_is_a_shape_its_tokens_and_launches():
+    eight, sixteen = tune.parse_trials(f"nano.out_proj 8 16 | {RIGHT!r} | {WRONG!r}")
+    assert (eight.tokens, sixteen.tokens) == (8, 16)
+    assert eight.case == sixteen.case == tune.parse_shape("nano.out_proj")
+    assert eight.tried == sixteen.tried == (RIGHT, WRONG)
+    for text in ("", "nano.out_proj", f"nano.out_proj | {RIGHT!r}", "nano.out_proj 8, 16"):
+        with pytest.raises(OptionError, match="nothing to try"):
+            tune.parse_trials(text)
+
+
+def test_trials_are_read_from_a_file_too(tmp_path, capsys, monkeypatch):
+    (tmp_path / "trials").write_text(f"256x192 4 | {RIGHT!r}\n\n64x192 4 8\n", encoding="utf-8")
+    monkeypatch.setattr(tune, "gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "compare", lambda trials, device: [f"{t.case.name} {t.tokens}" for t in trials])
+    assert tune.main([f"@{tmp_path / 'trials'}", "64x256 2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == ["256x192 4", "64x192 4", "64x192 8", "64x256 2"]
+
+
 def test_a_launch_is_held_against_float64(twin):
     assert tune.faults(RIGHT, 256, 192, 8, CPU) == ""
     assert tune.faults(WRONG, 256, 192, 8, CPU).startswith("wrong: error ")
@@ -73,8 +91,8 @@ def test_only_what_is_right_is_timed(twin, monkeypatch):
     monkeypatch.setattr(tune, "copies", lambda size: 1)
     monkeypatch.setattr(tune, "target", lambda device: ARCHS[90])
     monkeypatch.setattr(tune, "checked", lambda tasks: map(tune._try, tasks))
-    case = tune.parse_shape("256x192")
-    heading, ours, right, wrong = tune.compare([case], [4], [RIGHT, WRONG], CPU)
+    trials = tune.parse_trials(f"256x192 4 | {RIGHT!r} | {WRONG!r}")
+    heading, ours, right, wrong = tune.compare(trials, CPU)
     assert heading.startswith("256x192 256 x 192, 4 tokens: BF16 ")
     taken = tune.launch(4, 256, 192, experts=False, wgmma=True)
     for line, each in ((ours, taken), (right, RIGHT)):
@@ -85,7 +103,7 @@ def test_only_what_is_right_is_timed(twin, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_it_says_so(capsys):
-    assert tune.main(["--shapes", "64x192", "--tokens", "4"]) == 2
+    assert tune.main(["64x192 4"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
 
 
@@ -93,7 +111,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_what_does_not_fit_is_named(capsys):
     too_large = FewRows(16, 4, 64, slots=4)
-    assert tune.main(["--shapes", "256x2688", "--tokens", "64", "--", repr(too_large)]) == 0
+    assert tune.main([f"256x2688 64 | {too_large!r}"]) == 0
     *_, ours, other = capsys.readouterr().out.splitlines()
     assert float(ours.split()[0]) > 0
     assert "OutOfResources" in other and other.endswith(repr(too_large))

@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp4pass.lowering import arch
+from fp4pass.lowering import arch, few_rows
 from fp4pass.lowering.launches import FewRows, launches
 from fp4pass.lowering.layout import FRAGMENTS
+from fp4pass.lowering.operands import Weight
 
 from . import gluon_compiling as compiling
 
@@ -163,3 +164,30 @@ def test_a_launch_with_room_for_some_programs_has_none_for_one_more():
     for launch, k in itertools.product(limited, (1024, 8192)):
         taken = compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k).metadata.shared
         assert launch.room * (taken + 1024) <= 228 << 10 < (launch.room + 1) * (taken + 1024)
+
+
+@pytest.mark.parametrize(
+    ("n", "count", "high", "tiles", "limited"),
+    [
+        (4096, 132, 2, 128, True),
+        (4096, 114, 2, 128, False),
+        (4112, 132, 2, 129, True),
+        (16, 132, 1, 1, True),
+    ],
+)
+def test_programs_keep_each_other_away_only_where_all_have_a_place(monkeypatch, n, count, high, tiles, limited):
+    """And a weight that is lower than a program's rows is not read past its end."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: started.append((grid, constants))
+
+    started = []
+    monkeypatch.setattr(few_rows, "linear_kernel", Kernel())
+    monkeypatch.setattr(few_rows, "multiprocessors", lambda device: count)
+    x, codes, scale = torch.zeros(8, 64).bfloat16(), *(torch.zeros(n, k, dtype=torch.uint8) for k in (32, 4))
+    launch = FewRows(8, 8, 8, slots=8, room=1, high=2)
+    few_rows.linear(x, Weight(codes, scale, None, FRAGMENTS), None, x.new_empty(8, n), "none", launch)
+    ((grid, constants),) = started
+    assert (grid, constants["HIGH"]) == ((tiles, 1), high)
+    assert (constants["LEAST_KIB"] > 0) == limited

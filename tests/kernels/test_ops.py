@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from fp4pass.errors import ArgumentError, GradientError
 from fp4pass.lowering import layout, ops, reference
@@ -199,6 +200,50 @@ def test_rows_stay_symbolic_under_dynamic_compilation():
     for rows in (3, 7, 20):
         assert compiled(activations(rows, 80)).shape == (rows, 48)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("order", (layout.PLAIN, layout.INTERLEAVED, layout.FRAGMENTS))
+def test_a_weight_is_dequantized_and_rounded_once(order):
+    for shape in ((48, 128), (3, 48, 128)):
+        codes, scale, global_scale = weight(*shape, order=order)
+        exact = reference.dequantize(codes, scale, global_scale, torch.float64, order)
+        wide = reference.dequantize(codes, scale, global_scale, torch.float32, order)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert torch.equal(fp4pass.dequantize(codes, scale, global_scale, order, dtype), wide.to(dtype))
+        assert torch.equal(fp4pass.dequantize(codes, scale, global_scale, order, torch.float64), exact)
+
+
+def test_dequantize_is_one_operation_to_dynamo_and_plain_ones_after_it():
+    codes, scale, global_scale = weight(48, 128, order=layout.FRAGMENTS)
+    captured, traced = [], []
+
+    def backend(graph, inputs):
+        captured.append(graph)
+        return aot_autograd(fw_compiler=lambda inner, _: traced.append(inner) or inner.forward)(graph, inputs)
+
+    def product(x):
+        return x @ fp4pass.dequantize(codes, scale, global_scale, layout.FRAGMENTS, torch.float32).mT
+
+    x = activations(3, 128)
+    with torch.no_grad():
+        result = torch.compile(product, backend=backend, fullgraph=True)(x)
+    assert torch.equal(result, product(x))
+    names = [{str(node.target) for node in graph.graph.nodes} for graph in (*captured, *traced)]
+    assert [any("fp4pass" in name for name in each) for each in names] == [True, False]
+    assert len(captured[0].graph.nodes) < 10 < len(traced[0].graph.nodes)
+
+
+def test_wrong_operands_of_dequantize_are_named():
+    codes, scale, global_scale = weight(48, 80)
+    for changed, message in (
+        ((codes.int(), scale, global_scale, layout.PLAIN, torch.float32), "codes has the wrong dtype"),
+        ((codes[0], scale[0], global_scale, layout.PLAIN, torch.float32), "codes has the wrong number of dimensions"),
+        ((codes, scale[1:], global_scale, layout.PLAIN, torch.float32), "scale has the wrong shape"),
+        ((codes, scale, global_scale, "tiled", torch.float32), "unknown layout"),
+        ((codes, scale, global_scale, layout.PLAIN, torch.int8), "dtype is no dtype of a weight"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            fp4pass.dequantize(*changed)
 
 
 def linear_arguments(**changes):
