@@ -91,6 +91,17 @@ def test_in_bfloat16_the_error_is_not_larger_than_that_of_the_dequantized_model(
     assert median(ours) <= median(theirs)
 
 
+@torch.no_grad()
+def test_equal_layers_that_are_compiled_by_themselves_share_a_graph(another, dense_twin, graphs):
+    model = another(0, torch.float32, layers=9)
+    truth = dense_twin(model, torch.float64)(tokens(7)).logits
+    for layer in model.model.layers:
+        layer.compile(backend="fp4pass", fullgraph=True, options={"require_match": True})
+    assert relative_error(model(tokens(7), use_cache=False).logits, truth) < 1e-5
+    kinds = {(type(layer.mixer), *map(type, layer.mixer.children())) for layer in model.model.layers}
+    assert len(graphs) == len(kinds) < 5
+
+
 # --- Text.
 
 
