@@ -179,6 +179,7 @@ def first_tokens(
     if BLOCK_M == 1:
         return copy_row(x + x_rows, K, SPLIT, LEAST_KIB)
     else:
+        gl.static_assert(SLOTS > 1, "while one step of x is read another is on its way")
         slots = ()
         for _ in gl.static_range(SLOTS):
             slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)

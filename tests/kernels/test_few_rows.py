@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.compiler.errors import CompilationError
+
 from fp4pass.lowering import arch, few_rows
 from fp4pass.lowering.launches import FewRows, launches
 from fp4pass.lowering.layout import FRAGMENTS
@@ -164,6 +166,16 @@ def test_a_launch_with_room_for_some_programs_has_none_for_one_more():
     for launch, k in itertools.product(limited, (1024, 8192)):
         taken = compiling.compile_linear(HOPPER, launch, torch.bfloat16, k=k).metadata.shared
         assert launch.room * (taken + 1024) <= 228 << 10 < (launch.room + 1) * (taken + 1024)
+
+
+def test_a_launch_with_a_single_slot_is_refused():
+    """It gave wrong numbers."""
+    with pytest.raises(CompilationError) as caught:
+        compiling.compile_linear(HOPPER, FewRows(8, 8, 8, slots=1), torch.bfloat16)
+    error = caught.value
+    while error.__cause__ is not None:
+        error = error.__cause__
+    assert "another is on its way" in str(error)
 
 
 @pytest.mark.parametrize(
