@@ -26,9 +26,8 @@ def check_linear(
 ) -> None:
     """Operands of a product over K: x ``[..., K]``, codes ``[N, K/2]``, scale ``[N, K/16]``, bias ``[N]``."""
     _check_activation(op, activation, (NO_ACTIVATION, *ACTIVATIONS), "apply it to the result of the op")
-    if out_dtype not in (None, *_FLOATS):
-        seen, expected = (_names(dtypes) for dtypes in ((out_dtype,), _FLOATS))
-        raise _refusal(op, "out_dtype", "is no dtype of a result", seen, expected, "convert the result instead")
+    if out_dtype is not None:
+        _check_wanted(op, "out_dtype", out_dtype, _FLOATS, "result")
     _check_x(op, "x", x)
     _check_weight(op, "", 2, x, codes, scale, global_scale, layout)
     _check_size(op, "x", x, -1, codes.shape[-1] * 2, "K of the codes")
@@ -121,9 +120,7 @@ def check_dequantize(
     dtype: torch.dtype,
 ) -> None:
     """A weight or one for each expert, and what it shall become."""
-    if dtype not in (*_FLOATS, torch.float64):
-        seen, expected = (_names(dtypes) for dtypes in ((dtype,), (*_FLOATS, torch.float64)))
-        raise _refusal(op, "dtype", "is no dtype of a weight", seen, expected, "convert the result instead")
+    _check_wanted(op, "dtype", dtype, (*_FLOATS, torch.float64), "weight")
     _check_weight(op, "", 3 if codes.dim() == 3 else 2, codes, codes, scale, global_scale, layout)
 
 
@@ -246,6 +243,12 @@ def _check_dtype(op: str, name: str, operand: torch.Tensor, allowed: tuple[torch
         seen, expected = _names((operand.dtype,)), _names(allowed)
         do = "view it as uint8" if allowed == (torch.uint8,) else f"convert it with .to(torch.{expected.split()[0]})"
         raise _refusal(op, name, "has the wrong dtype", seen, expected, do)
+
+
+def _check_wanted(op: str, name: str, wanted: torch.dtype, allowed: tuple[torch.dtype, ...], what: str) -> None:
+    if wanted not in allowed:
+        seen, expected = _names((wanted,)), _names(allowed)
+        raise _refusal(op, name, f"is no dtype of a {what}", seen, expected, "convert the result instead")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

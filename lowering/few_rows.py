@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .decode import undo_factor
 from .launches import FewRows
-from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout
+from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout, steps_along
 from .operands import Schedule, Weight, multiprocessors
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
@@ -119,7 +119,7 @@ def stream_product(
     ``rows``: see ``fetch``. DEPTH steps of the weight are on their way at any time, and SLOTS - 1 of x, if it has more
     than one row.
     """
-    STEPS: gl.constexpr = (K // 64 + SPLIT - 1) // SPLIT
+    STEPS: gl.constexpr = steps_along(K, SPLIT)
     RING: gl.constexpr = DEPTH if DEPTH < STEPS else STEPS
     ROUNDS: gl.constexpr = (STEPS - RING) // RING
     gl.static_assert(BLOCK_M == 1 or ROUNDS == 0 or RING % SLOTS == 0, "a step's slot is the same in every round")

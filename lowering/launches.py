@@ -244,8 +244,10 @@ def _table(columns: int, depth: int, *, experts: bool, wgmma: bool) -> Launches:
         if depth < _LEAST_USUAL:
             return _WIDE_SHORT if columns < _LEAST_WIDER else _WIDER_SHORT
         return _WIDE if depth < _LEAST_LONG else _WIDE_LONG
-    if columns < _LEAST_LOW or columns >= _LEAST_HIGH:
-        return _NARROW if columns < _LEAST_LOW else _HIGH
+    if columns < _LEAST_LOW:
+        return _NARROW
+    if columns >= _LEAST_HIGH:
+        return _HIGH
     long = depth >= _LEAST_LONG_OF_LOW and columns < _LEAST_FULL
     if columns < _LEAST_MEDIUM:
         return _LOW_LONG if long else _LOW

@@ -27,6 +27,12 @@ def next_power_of_two(number):
 
 
 @gluon.constexpr_function
+def steps_along(k, split):
+    """Steps in which so many warps read the units of K."""
+    return (k // 64 + split - 1) // split
+
+
+@gluon.constexpr_function
 def memory_layout(split, across, width):
     """Units as memory has them: ``[split, rows of units, width * 32]``, each lane ``width`` neighbours."""
     return gl.BlockedLayout([1, 1, width], [1, 1, 32], [split, across, 1], [2, 1, 0])
@@ -128,7 +134,7 @@ def release(rest):
 @gluon.jit
 def copy_row(row, K: gl.constexpr, SPLIT: gl.constexpr, LEAST_KIB: gl.constexpr):
     """A row of x in shared memory, ``[steps, SPLIT, 1, 64]``, zero past the end of K. LEAST_KIB are taken at least."""
-    STEPS: gl.constexpr = next_power_of_two((K // 64 + SPLIT - 1) // SPLIT)
+    STEPS: gl.constexpr = next_power_of_two(steps_along(K, SPLIT))
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 1, 8], [gl.num_warps(), 1, 1], [2, 1, 0])
     unit = gl.arange(0, STEPS * SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
@@ -183,9 +189,8 @@ def first_tokens(
         slots = ()
         for _ in gl.static_range(SLOTS):
             slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [SPLIT, BLOCK_M, 64], slot_layout()),)
-        STEPS: gl.constexpr = (K // 64 + SPLIT - 1) // SPLIT
         # A slot that no step has takes no memory.
-        rest = take(LEAST_KIB - min(SLOTS, STEPS) * SPLIT * BLOCK_M // 8)
+        rest = take(LEAST_KIB - min(SLOTS, steps_along(K, SPLIT)) * SPLIT * BLOCK_M // 8)
         for step in gl.static_range(SLOTS - 1):
             copy_tokens(slots[step], x, x_rows, live, step, K, SPLIT, ACROSS)
         release(rest)

@@ -63,7 +63,6 @@ def _check(op: str, args: tuple[Any, ...]) -> None:
         "linear_backward": checks.check_linear_backward,
         "gathered_linear": checks.check_gathered,
         "grouped_linear": checks.check_grouped,
-        "dequantize": checks.check_dequantize,
     }[op]
     check(op, *args)
 
@@ -94,10 +93,11 @@ def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
         return launch(*args)
 
 
-def _dequantize(*args: Any) -> torch.Tensor:
+def _dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor | None, layout: str, dtype: torch.dtype
+) -> torch.Tensor:
     """Rounded to the dtype once, from float32 (float64 for float64)."""
-    _check("dequantize", args)
-    codes, scale, global_scale, layout, dtype = args
+    checks.check_dequantize("dequantize", codes, scale, global_scale, layout, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return reference.dequantize(codes, scale, global_scale, wide, layout).to(dtype)
 

@@ -65,9 +65,8 @@ class NVFP4Embedding(PackedModule):
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The whole table [V, D] in ``dtype``, rounded once from float32 (float64 for float64)."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         codes, scale, factor = self.operands(name)
-        return reference.dequantize(codes.view(torch.uint8), scale, factor, wide).to(dtype)
+        return torch.ops.fp4pass.dequantize(codes.view(torch.uint8), scale, factor, PLAIN, dtype)
 
     def set_layout(self, layout: str) -> None:
         """The table stays as it is, whatever ``layout`` the weights of products take."""
