@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201  (kernels: Triton types the parameters)
+# ruff: noqa: ANN001, ANN201, RUF005, RUF059  (kernels: Triton types the parameters, and compiles no starred tuple)
 
 """How a tile of many_rows.py ends: the sums of the groups that share K meet, and become the result."""
 
@@ -21,43 +21,89 @@ def sums_layout(bm):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, bm, 16])
 
 
-@gluon.constexpr_function
-def stored_layout():
-    """``[rows of x, 64 columns]`` as they are written: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+@gluon.jit
+def shared_factor(plan, result):
+    """What all sums are multiplied by: without a plan the global scale as well, of which there is one."""
+    out, M, N, global_scale, global_stride, bias, weights, order = result
+    factor = undo_factor(True)
+    if plan[0] is None and global_scale is not None:
+        factor = factor * gl.load(global_scale)
+    return factor
 
 
 @gluon.jit
-def finish(acc, tile, tiles, plan, result, GROUP: gl.constexpr, ACROSS: gl.constexpr, ACTIVATION: gl.constexpr):
+def finish(acc, factor, tile, tiles, plan, result, GROUP: gl.constexpr, ACROSS: gl.constexpr, ACTIVATION: gl.constexpr):
     """Global scale, bias, activation and routing weight, then the group's columns of the tile's rows of ``out``."""
     out, M, N, global_scale, global_stride, bias, weights, order = result
-    BM: gl.constexpr = acc.shape[1]
-    MMA: gl.constexpr = acc.type.layout
-    LAYOUT: gl.constexpr = stored_layout()
     tile_m, tile_n = place(tile, tiles, plan)
-    factor = undo_factor(True)
-    expert = 0
-    first = tile_m * BM
+    first = tile_m * acc.shape[1]
     end = M
     if plan[0] is not None:
-        expert, first, end = rows_of_block(tile_m, plan, BM)
-    if global_scale is not None:
-        factor = factor * gl.load(global_scale + expert * global_stride)
+        expert, first, end = rows_of_block(tile_m, plan, acc.shape[1])
+        if global_scale is not None:
+            factor = factor * gl.load(global_scale + expert * global_stride)
     acc = acc * factor
     begin = (tile_n * ACROSS + GROUP) * GROUP_ROWS
     if bias is not None:
-        column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, MMA))
+        column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, acc.type.layout))
         acc += gl.load(bias + column, mask=column < N, other=0.0).to(gl.float32)[:, None]
-    acc = activate(acc, ACTIVATION)
-    row = first + gl.arange(0, BM, layout=gl.SliceLayout(1, LAYOUT))
-    live = row < end
-    if weights is not None:
-        row = gl.load(order + row, mask=live, other=0).to(gl.int32)
-        routing = gl.load(weights + row, mask=live, other=0.0).to(gl.float32)
-        acc = acc * gl.convert_layout(routing, gl.SliceLayout(0, MMA))[None, :]
-    value = gl.convert_layout(acc.to(out.dtype.element_ty).permute([1, 0]), LAYOUT)
-    column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(0, LAYOUT))
-    gl.store(out + row.to(gl.int64)[:, None] * N + column[None, :], value, mask=live[:, None] & (column < N)[None, :])
+    store_rows(activate(acc, ACTIVATION), out, N, begin, first, end, weights, order)
+
+
+@gluon.constexpr_function
+def stored_layout(bits):
+    """``[rows of x, 64 columns]`` of numbers of so many bits as they are written: 16 bytes a thread."""
+    lanes = GROUP_ROWS.value * bits // 128
+    return gl.BlockedLayout([1, 128 // bits], [32 // lanes, lanes], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def rows_at_once(bm, bits):
+    """How many rows of 64 numbers a group turns in shared memory at a time: 16 KiB of a high tile, else 4."""
+    return min(bm, ((16 if bm >= 128 else 4) << 13) // (GROUP_ROWS.value * bits))
+
+
+@gluon.jit
+def pieces(acc, ROWS: gl.constexpr):
+    """``acc [64, BM]`` as tiles ``[64, ROWS]``."""
+    if acc.shape[1] == ROWS:
+        return (acc,)
+    else:
+        left, right = gl.split(acc.reshape([GROUP_ROWS, 2, acc.shape[1] // 2]).permute([0, 2, 1]))
+        return pieces(left, ROWS) + pieces(right, ROWS)
+
+
+@gluon.jit
+def store_rows(acc, out, N, begin, first, end, weights, order):
+    """``acc [64, BM]``, columns from ``begin`` on, to the rows of ``out`` from ``first`` to ``end``.
+
+    With ``weights`` to those that ``order`` says, and multiplied. Left to itself, the compiler turns 2 KiB at a time.
+    """
+    DTYPE: gl.constexpr = out.dtype.element_ty
+    BITS: gl.constexpr = DTYPE.primitive_bitwidth
+    ROWS: gl.constexpr = rows_at_once(acc.shape[1], BITS)
+    STORED: gl.constexpr = stored_layout(BITS)
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
+    parts = pieces(acc.to(DTYPE), ROWS)
+    rows, routing = (), ()
+    for part in gl.static_range(len(parts)):
+        row = first + part * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
+        live = row < end
+        if weights is not None:
+            row = gl.load(order + row, mask=live, other=-1).to(gl.int32)
+            routing = routing + (gl.load(weights + row, mask=live, other=0.0).to(gl.float32),)
+        else:
+            row = gl.where(live, row, -1)
+        rows = rows + (row,)
+    turned = gl.allocate_shared_memory(DTYPE, [ROWS, GROUP_ROWS], SWIZZLED)
+    column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(0, STORED))
+    for part in gl.static_range(len(parts)):
+        turned.store(parts[part].permute([1, 0]))
+        value = turned.load(STORED)
+        if weights is not None:
+            value = (value * routing[part][:, None]).to(DTYPE)
+        where = rows[part].to(gl.int64)[:, None] * N + column[None, :]
+        gl.store(out + where, value, mask=(rows[part] >= 0)[:, None] & (column < N)[None, :])
 
 
 @gluon.jit

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .epilogue import GROUP_ROWS, finish, meet, place_to_meet, sums_layout
+from .epilogue import GROUP_ROWS, finish, meet, place_to_meet, shared_factor, sums_layout
 from .exchange import collect, leave, places
 from .gather import by_expert
 from .launches import ManyRows
@@ -80,6 +80,7 @@ def multiply(
     DEEP: gl.constexpr = tokens.shape[0] // STAGES
     BM: gl.constexpr = tokens.shape[1]
     sums, flags, each, total = parts
+    factor = shared_factor(plan, result)
     it = 0
     turn = 0
     while it < total:
@@ -104,7 +105,7 @@ def multiply(
             if first > 0:
                 leave(acc, parts, share, GROUP, ACROSS, SPLIT)
             else:
-                finish(acc, tile, tiles, plan, result, GROUP, ACROSS, ACTIVATION)
+                finish(acc, factor, tile, tiles, plan, result, GROUP, ACROSS, ACTIVATION)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -133,6 +134,7 @@ def product_kernel(
     DEEP: gl.constexpr,
     ACROSS: gl.constexpr,
     SPLIT: gl.constexpr,
+    LEAD: gl.constexpr,
     AT_ONCE: gl.constexpr,
     REGISTERS: gl.constexpr,
     LOADER: gl.constexpr,
@@ -150,7 +152,7 @@ def product_kernel(
     columns = gl.cdiv(N, ACROSS * GROUP_ROWS)
     rows = gl.cdiv(M, BM) if experts is None else gl.load(block_ends + EXPERTS - 1).to(gl.int32)
     tiles = (rows, columns)
-    share, total, each = shares(tiles[0] * tiles[1], STEPS)
+    share, total, each = shares(tiles[0] * tiles[1], STEPS, LEAD)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES * DEEP, BM, UNIT_COLUMNS], x_desc.layout)
     codes = gl.allocate_shared_memory(gl.int32, [STAGES, UNITS_OF_TILE, DEEP * UNIT_WORDS], codes_desc.layout)

@@ -36,7 +36,7 @@ def stretch(it, share, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def shares(tiles, STEPS: gl.constexpr):
+def shares(tiles, STEPS: gl.constexpr, LEAD: gl.constexpr):
     """How this program's part of the work is made up, the number of its steps, and how long a shared range is.
 
     The first ``shared`` tiles are cut into equal ranges of steps, this program's being ``count`` from ``begin`` on; the
@@ -51,14 +51,17 @@ def shares(tiles, STEPS: gl.constexpr):
     share = gl.cdiv(shared * STEPS, programs)
     begin = gl.minimum(me * share, shared * STEPS)
     end = gl.minimum(begin + share, shared * STEPS)
-    # Where it costs but an eighth more, no program works on two tiles.
+    # Where it costs but an eighth more, no program works on two tiles. Who begins one does LEAD steps more than the
+    # others, whose sums are on their way meanwhile.
     apart = gl.maximum(programs // gl.maximum(tiles, 1), 1)
-    even = gl.cdiv(STEPS, apart)
-    if (shared == tiles) & (tiles <= programs) & (even * 8 <= share * 9):
-        share = even
+    if (shared == tiles) & (tiles <= programs) & (gl.cdiv(STEPS, apart) * 8 <= share * 9):
+        longest = gl.cdiv(STEPS + LEAD * (apart - 1), apart)
+        share = gl.maximum(gl.cdiv(STEPS - longest, gl.maximum(apart - 1, 1)), 1)
         tile = me // apart
-        begin = tile * STEPS + gl.minimum(me % apart * share, STEPS)
-        end = gl.where(tile < tiles, tile * STEPS + gl.minimum(me % apart * share + share, STEPS), begin)
+        first = gl.where(me % apart == 0, 0, gl.minimum(longest + (me % apart - 1) * share, STEPS))
+        last = gl.minimum(longest + me % apart * share, STEPS)
+        begin = tile * STEPS + first
+        end = gl.where(tile < tiles, tile * STEPS + last, begin)
     count = end - begin
     own = gl.cdiv(gl.maximum(tiles - shared - me, 0), programs)
     return (begin, count, shared, me), count + own * STEPS, share

@@ -21,8 +21,8 @@ from fp4pass.bench.table import HEADING, Row, Run, all_right, header, load
 from fp4pass.errors import DeviceError
 from fp4pass.lowering import arch
 
-TRITON_SHAPES, TRITON_TOKENS = ("nano.in_proj", "square"), (16, 1024)
-"""Where Inductor tunes its own Triton for BF16 unless it is asked to do so everywhere: it takes its time."""
+TRITON_TOKENS = {"nano.in_proj": (16,), "square": (1024,)}
+"""Where Inductor tunes its own Triton for BF16 unless it is asked to do so everywhere: some 12 seconds a row."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +130,7 @@ def _rows(
     for case in cases:
         start, counts = time.perf_counter(), tokens or case.tokens
         if isinstance(case, Dense):
-            tuned = {"none": (), "some": TRITON_TOKENS if case.name in TRITON_SHAPES else (), "all": counts}[triton]
+            tuned = {"none": (), "some": TRITON_TOKENS.get(case.name, ()), "all": counts}[triton]
             yield from dense.measure(case, counts, device, triton_tokens=tuned)
         else:
             yield from moe.measure(case, counts, device)

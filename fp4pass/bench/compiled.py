@@ -11,7 +11,7 @@ import torch
 from fp4pass.bench.clock import microseconds
 from fp4pass.lowering import arch
 
-_QUIET = {"autotune_num_choices_displayed": 0}
+_QUIET = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
 
 INDUCTORS_TRITON = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON", **_QUIET}
 """Options of torch.compile: products by Triton templates, tuned, cuBLAS left out."""

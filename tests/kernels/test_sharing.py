@@ -15,16 +15,16 @@ MULTIPROCESSORS = 132
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """(tiles, steps, programs) -> for each program its stretches [(tile, first step, end)], and a range's length."""
+    """(tiles, steps, programs, lead) -> each program's stretches [(tile, first step, end)], and a range's length."""
     here = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b), minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b
     )
     monkeypatch.setattr(sharing, "gl", here)
     monkeypatch.setattr(sharing, "locate", sharing.locate.fn)
 
-    def of_program(program, tiles, steps, programs):
+    def of_program(program, tiles, steps, programs, lead):
         here.num_programs, here.program_id = (lambda axis: programs), (lambda axis: program)
-        share, total, each = sharing.shares.fn(tiles, steps)
+        share, total, each = sharing.shares.fn(tiles, steps, lead)
         found, it = [], 0
         while it < total:
             found.append(sharing.stretch.fn(it, share, steps))
@@ -32,8 +32,8 @@ def pieces(monkeypatch):
         assert it == total
         return share[3], found, each
 
-    def of_all(tiles, steps, programs):
-        everything = sorted(of_program(program, tiles, steps, programs) for program in range(programs))
+    def of_all(tiles, steps, programs, lead):
+        everything = sorted(of_program(program, tiles, steps, programs, lead) for program in range(programs))
         assert [number for number, _, _ in everything] == list(range(programs))
         return [found for _, found, _ in everything], everything[0][2]
 
@@ -48,9 +48,10 @@ def numbers_of_tiles(programs):
 
 @pytest.mark.parametrize("programs", (1, 5, MULTIPROCESSORS, 2 * MULTIPROCESSORS))
 @pytest.mark.parametrize("steps", (1, 2, 15, 21, 64))
-def test_every_step_is_done_once_and_those_who_share_a_tile_find_each_other(pieces, steps, programs):
+@pytest.mark.parametrize("lead", (0, 2, 4))
+def test_every_step_is_done_once_and_those_who_share_a_tile_find_each_other(pieces, lead, steps, programs):
     for tiles in numbers_of_tiles(programs):
-        work, each = pieces(tiles, steps, programs)
+        work, each = pieces(tiles, steps, programs, lead)
         of_tile = {tile: [] for tile in range(tiles)}
         for number, found in enumerate(work):
             assert sum(first > 0 for _, first, _ in found) <= 1, "a program has one place to leave sums in"
@@ -59,16 +60,24 @@ def test_every_step_is_done_once_and_those_who_share_a_tile_find_each_other(piec
                 of_tile[tile].append((first, last, number))
         for shared in map(sorted, of_tile.values()):
             assert [first for first, _, _ in shared] + [steps] == [0] + [last for _, last, _ in shared]
-            # Who begins a tile collects from the programs behind it, which started before; see epilogue.py.
+            # Who begins a tile collects from the programs behind it, which started before; see exchange.py.
             (_, last, owner), *others = shared
             expected = -(-(steps - last) // each) if last < steps else 0
             assert [number for _, _, number in others] == list(range(owner + 1, owner + 1 + expected))
 
 
+@pytest.mark.parametrize("lead", (0, 2, 4))
 @pytest.mark.parametrize("tiles", (21, 42, 81, MULTIPROCESSORS))
-def test_where_tiles_are_few_no_program_works_on_two(pieces, tiles):
-    work, _ = pieces(tiles, 64, MULTIPROCESSORS)
+def test_where_tiles_are_few_no_program_works_on_two(pieces, tiles, lead):
+    work, _ = pieces(tiles, 64, MULTIPROCESSORS, lead)
     if tiles != 81:  # There 51 programs would have nothing to do.
         assert all(len(found) <= 1 for found in work)
     most = max(sum(last - first for _, first, last in found) for found in work)
-    assert most * 8 <= -(-tiles * 64 // MULTIPROCESSORS) * 9
+    assert (most - lead) * 8 <= -(-tiles * 64 // MULTIPROCESSORS) * 9
+
+
+def test_who_begins_a_tile_does_so_many_steps_more_than_the_others(pieces):
+    work, _ = pieces(42, 29, MULTIPROCESSORS, 2)
+    assert work[:3] == [[(0, 0, 11)], [(0, 11, 20)], [(0, 20, 29)]]
+    even, _ = pieces(42, 29, MULTIPROCESSORS, 0)
+    assert even[:3] == [[(0, 0, 10)], [(0, 10, 20)], [(0, 20, 29)]]
