@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint bench memcheck clean
+.PHONY: demo test oldest fuzz lint bench memcheck clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -14,6 +14,12 @@ demo: .venv/ready
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 test: .venv/ready
 	$(PYTEST) -m "not gpu and not fuzz"
+
+# The kernels once more, compiled by the oldest Triton there may be, which lies in a folder of its own.
+OLDEST := triton==3.6.0
+COMPILED := $(addprefix tests/kernels/test_,compile.py few_rows.py many_rows.py fp8.py stream.py)
+oldest: .venv/$(OLDEST)
+	PYTHONPATH=$< $(PYTEST) -m "not gpu and not fuzz" $(COMPILED)
 
 fuzz: .venv/ready
 	$(PYTEST) -m fuzz
@@ -36,6 +42,10 @@ memcheck: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+.venv/$(OLDEST): .venv/ready
+	$(BIN)/pip install --quiet --no-deps --target $@ $(OLDEST)
 	touch $@
 
 clean:

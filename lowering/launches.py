@@ -75,7 +75,7 @@ class ManyRows:
 
     @property
     def lead(self) -> int:
-        """By how many steps who collects the sums of a tile does more of it: the others' are there by then.
+        """How many steps of a tile its first program does more than the others, whose sums it then finds there.
 
         The fastest of those tried on an H200. Sums of up to 16 rows travel fast enough, and where a multiprocessor has
         two programs, one works while the other waits.
