@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -30,10 +32,15 @@ CASES = [
     # Without bias and scale there is only less to hold: that is tried where registers are fewest.
     for product in (("up", "down") if experts else ("dense", "plain") if launch.block_m >= 256 else ("dense",))
 ]
-# All tests of a launch follow each other: it is compiled and taken apart once.
-EACH = pytest.mark.parametrize(
-    ("launch", "product"), CASES, ids=lambda value: str(value).replace(" ", "-"), scope="module"
-)
+
+
+def of(cases):
+    """A mark; all tests of a launch follow each other, so that it is compiled and taken apart once."""
+    names = {"ids": lambda value: str(value).replace(" ", "-"), "scope": "module"}
+    return pytest.mark.parametrize(("launch", "product"), cases, **names)
+
+
+EACH = of(CASES)
 
 
 def compiled(launch, product):
@@ -114,6 +121,25 @@ def test_tiles_come_by_the_copy_engine(launch, product):
     code = compiling.operations(compiled(launch, product))
     assert compiling.places(code, "UTMALDG.2D")
     assert not compiling.places(code, "LDGSTS")
+
+
+# Those of ``down`` have 32 bits, which no such instruction stores.
+@of([case for case in CASES if case[1] != "down"])
+def test_results_are_turned_in_memory_of_each_groups_own_behind_barriers(launch, product):
+    """Triton places that memory and the barriers: no group may write where another reads, nor a warp too soon."""
+    code = compiling.operations(compiled(launch, product))
+    stores = compiling.places(code, "STSM")
+    each = len(stores) // launch.across
+    of_group = [stores[group * each : (group + 1) * each] for group in range(launch.across)]
+    where = [{re.search(r"0x[0-9a-f]+", code[place])[0] for place in places} for places in of_group]
+    assert sum(map(len, where)) == len(set().union(*where)) > 0
+    for places in of_group:
+        end = next(place for place in compiling.places(code, "LDS.128") if place > places[-1])
+        before = "BAR"
+        for line in code[places[0] : end + 1]:
+            kind = next((kind for kind in ("STSM", "LDS.128", "BAR") if line.startswith(kind)), None)
+            assert {before, kind} != {"STSM", "LDS.128"}
+            before = kind or before
 
 
 @EACH
