@@ -39,8 +39,8 @@ def stretch(it, share, STEPS: gl.constexpr):
 def shares(tiles, STEPS: gl.constexpr, LEAD: gl.constexpr):
     """How this program's part of the work is made up, the number of its steps, and how long a shared range is.
 
-    The first ``shared`` tiles are cut into equal ranges of steps, this program's being ``count`` from ``begin`` on; the
-    others are handed round whole.
+    The first ``shared`` tiles are cut into ranges of steps, this program's being ``count`` from ``begin`` on; the
+    others are handed round whole. Ranges are equal, but for a tile's first one where no range reaches into two tiles.
     """
     programs = gl.num_programs(0)
     rest = tiles % programs
@@ -57,9 +57,9 @@ def shares(tiles, STEPS: gl.constexpr, LEAD: gl.constexpr):
     if (shared == tiles) & (tiles <= programs) & (gl.cdiv(STEPS, apart) * 8 <= share * 9):
         longest = gl.cdiv(STEPS + LEAD * (apart - 1), apart)
         share = gl.maximum(gl.cdiv(STEPS - longest, gl.maximum(apart - 1, 1)), 1)
-        tile = me // apart
-        first = gl.where(me % apart == 0, 0, gl.minimum(longest + (me % apart - 1) * share, STEPS))
-        last = gl.minimum(longest + me % apart * share, STEPS)
+        tile, nth = me // apart, me % apart
+        first = gl.where(nth == 0, 0, gl.minimum(longest + (nth - 1) * share, STEPS))
+        last = gl.minimum(longest + nth * share, STEPS)
         begin = tile * STEPS + first
         end = gl.where(tile < tiles, tile * STEPS + last, begin)
     count = end - begin

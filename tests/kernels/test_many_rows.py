@@ -34,13 +34,14 @@ CASES = [
 ]
 
 
-def of(cases):
-    """A mark; all tests of a launch follow each other, so that it is compiled and taken apart once."""
-    names = {"ids": lambda value: str(value).replace(" ", "-"), "scope": "module"}
-    return pytest.mark.parametrize(("launch", "product"), cases, **names)
+def each_of(cases):
+    """The mark of a test of such cases; all of a launch follow each other: it is compiled and taken apart once."""
+    return pytest.mark.parametrize(
+        ("launch", "product"), cases, ids=lambda value: str(value).replace(" ", "-"), scope="module"
+    )
 
 
-EACH = of(CASES)
+EACH = each_of(CASES)
 
 
 def compiled(launch, product):
@@ -123,8 +124,8 @@ def test_tiles_come_by_the_copy_engine(launch, product):
     assert not compiling.places(code, "LDGSTS")
 
 
-# Those of ``down`` have 32 bits, which no such instruction stores.
-@of([case for case in CASES if case[1] != "down"])
+# Those of ``down`` have 32 bits, which the instruction that is looked for does not store.
+@each_of([case for case in CASES if case[1] != "down"])
 def test_results_are_turned_in_memory_of_each_groups_own_behind_barriers(launch, product):
     """Triton places that memory and the barriers: no group may write where another reads, nor a warp too soon."""
     code = compiling.operations(compiled(launch, product))
