@@ -109,14 +109,14 @@ def store_rows(acc, out, N, begin, first, end, weights, order):
 @gluon.jit
 def side_by_side(acc):
     """Sums ``[64, BM]`` as a vector in which a lane's neighbours are its own: 16 bytes of ``parts`` at once."""
-    return acc.reshape([4, 2, 8, acc.shape[1] // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5]).reshape([64 * acc.shape[1]])
+    return acc.reshape([4, 2, 8, acc.shape[1] // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64 * acc.shape[1]])
 
 
 @gluon.jit
-def in_registers(sums, BM: gl.constexpr):
-    """The inverse."""
-    acc = sums.reshape([4, BM // 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([GROUP_ROWS, BM])
-    return gl.convert_layout(acc, sums_layout(BM), assert_trivial=True)
+def in_registers(sums, like):
+    """The inverse: a tile as that of ``like``."""
+    acc = sums.reshape([like.shape[1] // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape(like.shape)
+    return gl.convert_layout(acc, like.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -148,4 +148,4 @@ def meet(acc, meeting, turn, GROUP: gl.constexpr, PART: gl.constexpr):
     mbarrier.wait(there.index(GROUP), turn & 1)
     mine += sums.index(GROUP).load(mine.type.layout)
     mbarrier.arrive(taken.index(GROUP), count=1)
-    return in_registers(mine, acc.shape[1])
+    return in_registers(mine, acc)

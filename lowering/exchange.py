@@ -21,7 +21,7 @@ from .launches import ManyRows
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its names in Triton 3.6 and 3.9
 
 PRESENT = gl.constexpr(0x5EF0A7C3D1926B48)
-GROUP_THREADS, PACKET_BYTES = gl.constexpr(128), gl.constexpr(16)
+GROUP_THREADS, PACKET_BYTES, PIECE = gl.constexpr(128), gl.constexpr(16), gl.constexpr(128)
 
 
 @gluon.constexpr_function
@@ -189,18 +189,33 @@ def collect(
     if in_packets(acc.shape[1], SPLIT):
         return receive(acc, sums, nearest, others, STRIDE)
     wait_for(flags + nearest, others, STRIDE)
-    mine = side_by_side(acc)
-    LAYOUT: gl.constexpr = mine.type.layout
-    SIZE: gl.constexpr = mine.shape[0]
-    within = gl.arange(0, SIZE, layout=LAYOUT)
-    for first in range(0, others, AT_ONCE):
-        for ahead in gl.static_range(AT_ONCE):
-            other = first + ahead
-            slot = (nearest + other * STRIDE).to(gl.int64) * SIZE
-            mine += gl.load(
-                sums + slot + within, mask=(within >= 0) & (other < others), other=0.0, cache_modifier=".cg"
-            )
-    return in_registers(mine, acc.shape[1])
+    return plus(acc, (sums, nearest, others), STRIDE, 0, acc.shape[0] * acc.shape[1], AT_ONCE)
+
+
+@gluon.jit
+def plus(acc, slots, STRIDE: gl.constexpr, FIRST: gl.constexpr, SIZE: gl.constexpr, AT_ONCE: gl.constexpr):
+    """``acc`` plus, from FIRST on, what stands in so many slots of SIZE sums, STRIDE apart.
+
+    Of more than PIECE rows of x a half at a time: a whole tile's sums twice are more than there are registers.
+    """
+    sums, nearest, others = slots
+    if acc.shape[1] > PIECE:
+        left, right = gl.split(acc.reshape([GROUP_ROWS, 2, acc.shape[1] // 2]).permute([0, 2, 1]))
+        left = plus(left, slots, STRIDE, FIRST, SIZE, AT_ONCE)
+        right = plus(right, slots, STRIDE, FIRST + GROUP_ROWS * right.shape[1], SIZE, AT_ONCE)
+        both = gl.join(left, right).permute([0, 2, 1]).reshape([GROUP_ROWS, acc.shape[1]])
+        return gl.convert_layout(both, acc.type.layout, assert_trivial=True)
+    else:
+        mine = side_by_side(acc)
+        LAYOUT: gl.constexpr = mine.type.layout
+        within = gl.arange(0, mine.shape[0], layout=LAYOUT)
+        for first in range(0, others, AT_ONCE):
+            for ahead in gl.static_range(AT_ONCE):
+                other = first + ahead
+                slot = (nearest + other * STRIDE).to(gl.int64) * SIZE
+                live = gl.full(mine.shape, other, gl.int32, layout=LAYOUT) < others
+                mine += gl.load(sums + (slot + FIRST) + within, mask=live, other=0.0, cache_modifier=".cg")
+        return in_registers(mine, acc)
 
 
 def places(like: torch.Tensor, programs: int, launch: ManyRows) -> tuple[torch.Tensor, torch.Tensor]:

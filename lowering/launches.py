@@ -86,13 +86,13 @@ class ManyRows:
     def constants(self) -> dict[str, int]:
         """Keywords for its kernel. The warps are those of one group of multipliers.
 
-        ``maxnreg``: the groups of four warps, the loader's counted whole, share what a program gets; REGISTERS is what
-        LOADER leaves for each of the others. AT_ONCE of the sums of other programs, block_m / 2 registers each, fit in.
+        ``maxnreg``: the groups of four warps, the loader's counted whole, share what a program gets. LOADER is what
+        REGISTERS for each of the others leaves, 24 at least. AT_ONCE of the sums of other programs, block_m / 2
+        registers each, fit in.
         """
         groups = self.across * self.split
         share = min(255, 65536 // (128 * (groups + 1) * max(self.resident, self.room))) // 8 * 8
-        loader = 24
-        registers = min(240, (share * (groups + 1) - loader) // groups // 8 * 8)
+        registers = min(240, (share * (groups + 1) - 24) // groups // 8 * 8)
         return {
             "BM": self.block_m,
             "STAGES": self.stages,
@@ -102,7 +102,7 @@ class ManyRows:
             "LEAD": self.lead,
             "AT_ONCE": max(1, (256 if registers > 160 else 64) // self.block_m),
             "REGISTERS": registers,
-            "LOADER": loader,
+            "LOADER": share * (groups + 1) - registers * groups,
             "num_warps": 4,
             "maxnreg": share,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -15,14 +16,11 @@ from fp4pass.lowering.launches import ManyRows, launches
 from . import gluon_compiling as compiling
 
 HOPPER = arch.ARCHS[90]
-# In the highest tile the sums fill the registers of a group, and two programs, or four groups, share what two groups of
-# one have otherwise. Before the loops and behind the last product of a tile, addresses are put aside: so many loads and
-# stores of them Triton 3.9 makes at most (3.6: none, but for 7 of 16 rows), by rows of x and groups.
-MOST_SPILLS = {(256, "dense", 2): 20, (256, "down", 2): 22}
-MOST_SPILLS |= {(64, "dense", 4): 10, (16, "dense", 4): 39, (8, "dense", 4): 10}
-MOST_SPILLS |= {(64, "dense", 2): 14, (64, "up", 2): 12, (64, "down", 2): 7, (32, "dense", 2): 3}
-# One of them Triton 3.9 loads again in every round.
-MOST_LOADED = {(256, "dense"): 1, (256, "down"): 1}
+# What Triton 3.9 at most puts aside before the loops and takes again once, parts of the thread's number that all groups
+# need: so many loads and stores, by rows of x, product and groups. Triton 3.6 makes none.
+MOST_SPILLS = {(64, "dense", 2): 11, (64, "up", 2): 9, (64, "down", 2): 4}
+MOST_SPILLS |= {(64, "dense", 4): 5, (16, "dense", 4): 32, (8, "dense", 4): 3}
+PUTS_ASIDE = not version("triton").startswith("3.6")
 # Instructions of the loop for a word of eight codes, everything included; the decoding takes 13 of them.
 MOST_FOR_A_WORD = 24
 CASES = [
@@ -73,7 +71,7 @@ def test_only_hopper_has_launches():
 def test_launch_compiles_within_shared_memory_and_registers(launch, product):
     kernel = compiled(launch, product)
     size = (launch.block_m, product, launch.across * launch.split)
-    compiling.assert_fits(HOPPER, kernel, spills=MOST_SPILLS.get(size, 0))
+    compiling.assert_fits(HOPPER, kernel, spills=MOST_SPILLS.get(size, 0) * PUTS_ASIDE)
     # A multiprocessor has 228 KiB and keeps one of them for each program.
     assert (kernel.metadata.shared + 1024) * max(launch.resident, launch.room) <= 228 << 10
 
@@ -108,8 +106,7 @@ def test_products_of_a_step_follow_each_other(launch, product):
 @EACH
 def test_decoded_weights_stay_in_registers_and_cost_few_instructions(launch, product):
     for loop in loops(launch, product):
-        assert not [line for line in loop if line.startswith(("STS", "STL"))]
-        assert len(compiling.places(loop, "LDL")) <= MOST_LOADED.get((launch.block_m, product), 0)
+        assert not [line for line in loop if line.startswith(("STS", "STL", "LDL"))]
         # A lane's scales, which it shares with its neighbours, and its codes.
         reads = sorted(loop[place].split()[0] for place in compiling.places(loop, "LDS"))
         assert reads in (["LDS.128"] * launch.deep + [f"LDS.{kind}16"] * launch.deep for kind in "SU")
