@@ -83,6 +83,15 @@ class ManyRows:
         return 4 // self.deep if self.block_m > 16 and self.resident == 1 else 0
 
     @property
+    def idle(self) -> int:
+        """For how many steps each programs may be idle at the end, before tiles are shared so that they are not.
+
+        What sharing costs took longer on an H200 than 6 steps of 128 columns, and less than 10, in tiles of 128 rows as
+        in those of 256; lower ones, whose sums are less, have half of that.
+        """
+        return (16 if self.block_m >= 128 else 8) // self.deep
+
+    @property
     def constants(self) -> dict[str, int]:
         """Keywords for its kernel. The warps are those of one group of multipliers.
 
@@ -100,6 +109,7 @@ class ManyRows:
             "ACROSS": self.across,
             "SPLIT": self.split,
             "LEAD": self.lead,
+            "IDLE": self.idle,
             "AT_ONCE": max(1, (256 if registers > 160 else 64) // self.block_m),
             "REGISTERS": registers,
             "LOADER": share * (groups + 1) - registers * groups,

@@ -135,6 +135,7 @@ def product_kernel(
     ACROSS: gl.constexpr,
     SPLIT: gl.constexpr,
     LEAD: gl.constexpr,
+    IDLE: gl.constexpr,
     AT_ONCE: gl.constexpr,
     REGISTERS: gl.constexpr,
     LOADER: gl.constexpr,
@@ -152,7 +153,7 @@ def product_kernel(
     columns = gl.cdiv(N, ACROSS * GROUP_ROWS)
     rows = gl.cdiv(M, BM) if experts is None else gl.load(block_ends + EXPERTS - 1).to(gl.int32)
     tiles = (rows, columns)
-    share, total, each = shares(tiles[0] * tiles[1], STEPS, LEAD)
+    share, total, each = shares(tiles[0] * tiles[1], STEPS, LEAD, IDLE)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES * DEEP, BM, UNIT_COLUMNS], x_desc.layout)
     codes = gl.allocate_shared_memory(gl.int32, [STAGES, UNITS_OF_TILE, DEEP * UNIT_WORDS], codes_desc.layout)

@@ -2,9 +2,10 @@
 
 """Which tiles of a product, and which steps of K in them, a program that stays works on.
 
-Tiles are handed round whole as long as they fill whole rounds. What is left over, and one round more, is shared out in
-equal ranges of steps ("stream-K"), so that all programs end together. Tiles of experts come from a schedule made on the
-device (schedule.py): a *plan* is (experts of blocks, ends, block ends), or three times None for a dense product.
+Tiles are handed round whole as long as they fill whole rounds, or nearly. What is left over, and one round more, is
+shared out in equal ranges of steps ("stream-K"), so that all programs end together. Tiles of experts come from a
+schedule made on the device (schedule.py): a *plan* is (experts of blocks, ends, block ends), or three times None for a
+dense product.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def stretch(it, share, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def shares(tiles, STEPS: gl.constexpr, LEAD: gl.constexpr):
+def shares(tiles, STEPS: gl.constexpr, LEAD: gl.constexpr, IDLE: gl.constexpr):
     """How this program's part of the work is made up, the number of its steps, and how long a shared range is.
 
     The first ``shared`` tiles are cut into ranges of steps, this program's being ``count`` from ``begin`` on; the
@@ -44,8 +45,9 @@ def shares(tiles, STEPS: gl.constexpr, LEAD: gl.constexpr):
     """
     programs = gl.num_programs(0)
     rest = tiles % programs
-    # Where rounds are nearly full, whole tiles are better: neighbours then work on neighbours.
-    full = tiles * 16 >= gl.cdiv(tiles, programs) * programs * 15
+    # Where programs would be idle for no more than IDLE steps each, whole tiles are better: none has to add up, and
+    # neighbours work on neighbours.
+    full = (gl.cdiv(tiles, programs) * programs - tiles) * STEPS <= IDLE * programs
     shared = gl.where(full, 0, gl.where(tiles < programs, tiles, rest + programs))
     me = programs - 1 - gl.program_id(0)
     share = gl.cdiv(shared * STEPS, programs)

@@ -15,16 +15,16 @@ MULTIPROCESSORS = 132
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """(tiles, steps, programs, lead) -> each program's stretches [(tile, first step, end)], and a range's length."""
+    """(tiles, steps, programs, lead, idle) -> each program's stretches [(tile, first step, end)], a range's length."""
     here = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b), minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b
     )
     monkeypatch.setattr(sharing, "gl", here)
     monkeypatch.setattr(sharing, "locate", sharing.locate.fn)
 
-    def of_program(program, tiles, steps, programs, lead):
+    def of_program(program, tiles, steps, programs, lead, idle):
         here.num_programs, here.program_id = (lambda axis: programs), (lambda axis: program)
-        share, total, each = sharing.shares.fn(tiles, steps, lead)
+        share, total, each = sharing.shares.fn(tiles, steps, lead, idle)
         found, it = [], 0
         while it < total:
             found.append(sharing.stretch.fn(it, share, steps))
@@ -32,8 +32,8 @@ def pieces(monkeypatch):
         assert it == total
         return share[3], found, each
 
-    def of_all(tiles, steps, programs, lead):
-        everything = sorted(of_program(program, tiles, steps, programs, lead) for program in range(programs))
+    def of_all(tiles, steps, programs, lead, idle=0):
+        everything = sorted(of_program(program, tiles, steps, programs, lead, idle) for program in range(programs))
         assert [number for number, _, _ in everything] == list(range(programs))
         return [found for _, found, _ in everything], everything[0][2]
 
@@ -48,10 +48,10 @@ def numbers_of_tiles(programs):
 
 @pytest.mark.parametrize("programs", (1, 5, MULTIPROCESSORS, 2 * MULTIPROCESSORS))
 @pytest.mark.parametrize("steps", (1, 2, 15, 21, 64))
-@pytest.mark.parametrize("lead", (0, 2, 4))
-def test_every_step_is_done_once_and_those_who_share_a_tile_find_each_other(pieces, lead, steps, programs):
+@pytest.mark.parametrize(("lead", "idle"), ((0, 4), (2, 0), (2, 8), (4, 16)))
+def test_every_step_is_done_once_and_those_who_share_a_tile_find_each_other(pieces, lead, idle, steps, programs):
     for tiles in numbers_of_tiles(programs):
-        work, each = pieces(tiles, steps, programs, lead)
+        work, each = pieces(tiles, steps, programs, lead, idle)
         of_tile = {tile: [] for tile in range(tiles)}
         for number, found in enumerate(work):
             assert sum(first > 0 for _, first, _ in found) <= 1, "a program has one place to leave sums in"
@@ -81,3 +81,14 @@ def test_who_begins_a_tile_does_so_many_steps_more_than_the_others(pieces):
     assert work[:3] == [[(0, 0, 11)], [(0, 11, 20)], [(0, 20, 29)]]
     even, _ = pieces(42, 29, MULTIPROCESSORS, 0)
     assert even[:3] == [[(0, 0, 10)], [(0, 10, 20)], [(0, 20, 29)]]
+
+
+@pytest.mark.parametrize("rounds", (1, 2, 8))
+def test_tiles_stay_whole_where_programs_would_be_idle_for_no_more_steps_than_allowed(pieces, rounds):
+    def whole(missing, steps, idle):
+        work, _ = pieces(rounds * MULTIPROCESSORS - missing, steps, MULTIPROCESSORS, 2, idle)
+        return all((first, last) == (0, steps) for found in work for _, first, last in found)
+
+    assert whole(50, 21, 8) and not whole(51, 21, 8)
+    assert whole(16, 64, 8) and not whole(17, 64, 8)
+    assert whole(0, 64, 0) and not whole(20, 64, 0)
