@@ -173,12 +173,13 @@ _LOW, _LOW_LONG = (
     for few in (_AT_ONCE, _BY_AND_BY)
 )
 _MEDIUM_SHORT, _MEDIUM, _MEDIUM_LONG = (
-    _dense_on_hopper(*few, (32, _LOW_32), (128, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
+    _dense_on_hopper(*few, (32, _LOW_32), (192, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
     for few in (((1, _LOW_ONE), *_AT_ONCE[1:]), _AT_ONCE, _BY_AND_BY)
 )
 _HIGH = _dense_on_hopper((1, _LOW_ONE), (8, _LOW_8), (16, _LOW_16), (32, _LOW_32), (64, _LOW_64), (512, _MIDDLE))
 _WIDE_FEW = ((8, ManyRows(8, 6, 2, across=1, split=2)), (16, ManyRows(16, 6, 2, across=1, split=2)))
-_MORE_OF_SHORT = ((32, ManyRows(32, 4, 2)), (64, ManyRows(64, 4, room=2)), (384, _MIDDLE))
+_SHORT_64 = ManyRows(64, 4, room=2)
+_MORE_OF_SHORT = ((32, ManyRows(32, 4, 2)), (64, _SHORT_64), (128, _MIDDLE), (192, _SHORT_64), (384, _MIDDLE))
 _WIDE_SHORT = _dense_on_hopper(
     (1, _ONE),
     (8, FewRows(4, 12, 8, slots=4, high=2)),
@@ -224,6 +225,9 @@ _LEAST_LOW, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 3072, 3969, 4225
 LEAST_WIDE, _LEAST_WIDER, _LEAST_HUGE = 8192, 10561, 65536
 # Its columns.
 _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
+# The largest tile is 4 % faster than two of the middle ones. Up to so many rows of x that is less than half of the last
+# one takes.
+_MOST_IN_HALVES = 3072
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
 # Triton 3.6 does not compile many_rows.py for a single step.
@@ -239,8 +243,14 @@ def launch(rows: int, columns: int, depth: int, *, experts: bool, wgmma: bool) -
         if isinstance(found, ManyRows) and depth < _LEAST_DEPTH:
             return None
         if rows <= most:
-            return found
+            return found if experts else _fuller(found, rows)
     return None
+
+
+def _fuller(found: FewRows | ManyRows, rows: int) -> FewRows | ManyRows:
+    """Middle tiles where half of the last of the largest ones would be empty."""
+    half_empty = -(-rows // _MIDDLE.block_m) % 2 == 1
+    return _MIDDLE if found == _LARGE and half_empty and rows <= _MOST_IN_HALVES else found
 
 
 def launches(*, wgmma: bool) -> Iterator[tuple[bool, FewRows | ManyRows]]:

@@ -70,6 +70,16 @@ def test_every_launch_is_taken_for_some_rows_and_no_other(wgmma):
     assert set(launches(wgmma=wgmma)) == {(experts, each) for experts, each in taken if each is not None}
 
 
+@pytest.mark.parametrize(("columns", "depth"), itertools.product(HEIGHTS, DEPTHS))
+def test_no_half_tile_is_empty_unless_there_are_many(columns, depth):
+    for rows in (*range(300, 3072, 100), 513, 640, 641, 768, 3072):
+        found = launch(rows, columns, depth, experts=False, wgmma=True)
+        assert found is None or -rows % found.block_m < 128
+        by_experts = launch(rows, columns, depth, experts=True, wgmma=True)
+        assert by_experts is None or by_experts.block_m == 256
+    assert launch(3073, 16384, 4096, experts=False, wgmma=True).block_m == 256
+
+
 def test_splits_fill_the_gpu_and_keep_steps_together():
     hopper = arch.ARCHS[90]
     few, many = hopper.tile(1, torch.bfloat16), hopper.tile(64, torch.bfloat16)
