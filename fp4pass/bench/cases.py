@@ -8,7 +8,8 @@ from difflib import get_close_matches
 
 from fp4pass.errors import OptionError
 
-_DECODE_TO_PREFILL = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+# 180 and 700 fill no tile, as most prompts do not.
+_DECODE_TO_PREFILL = (1, 8, 16, 32, 64, 128, 180, 256, 512, 700, 1024, 2048, 4096)
 _MOE_DECODE_TO_PREFILL = (1, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192)
 _MOE_FEW = (1, 8, 64, 512, 4096)
 
