@@ -108,7 +108,10 @@ def store_rows(acc, out, N, begin, first, end, weights, order):
 
 @gluon.jit
 def side_by_side(acc):
-    """Sums ``[64, BM]`` as a vector in which a lane's neighbours are its own: 16 bytes of ``parts`` at once."""
+    """Sums ``[64, BM]`` as a vector in which a lane's neighbours are its own: 16 bytes of ``parts`` at once.
+
+    Those of the first rows of x come first: a half of a tile is a half of the vector.
+    """
     return acc.reshape([4, 2, 8, acc.shape[1] // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64 * acc.shape[1]])
 
 

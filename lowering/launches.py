@@ -86,8 +86,8 @@ class ManyRows:
     def idle(self) -> int:
         """For how many steps each programs may be idle at the end, before tiles are shared so that they are not.
 
-        What sharing costs took longer on an H200 than 6 steps of 128 columns, and less than 10, in tiles of 128 rows as
-        in those of 256; lower ones, whose sums are less, have half of that.
+        On an H200 sharing took as long as 6 to 10 steps of 128 columns do, in tiles of 128 rows as in those of 256;
+        lower ones, whose sums are less, have half of that.
         """
         return (16 if self.block_m >= 128 else 8) // self.deep
 
