@@ -64,12 +64,18 @@ def rows_at_once(bm, bits):
 
 
 @gluon.jit
+def halves(acc):
+    """``acc [64, BM]`` as two tiles ``[64, BM / 2]``: the first rows of x, and the others."""
+    return gl.split(acc.reshape([GROUP_ROWS, 2, acc.shape[1] // 2]).permute([0, 2, 1]))
+
+
+@gluon.jit
 def pieces(acc, ROWS: gl.constexpr):
     """``acc [64, BM]`` as tiles ``[64, ROWS]``."""
     if acc.shape[1] == ROWS:
         return (acc,)
     else:
-        left, right = gl.split(acc.reshape([GROUP_ROWS, 2, acc.shape[1] // 2]).permute([0, 2, 1]))
+        left, right = halves(acc)
         return pieces(left, ROWS) + pieces(right, ROWS)
 
 

@@ -15,7 +15,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .epilogue import GROUP_ROWS, in_registers, side_by_side, sums_layout
+from .epilogue import GROUP_ROWS, halves, in_registers, side_by_side, sums_layout
 from .launches import ManyRows
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its names in Triton 3.6 and 3.9
@@ -200,7 +200,7 @@ def plus(acc, slots, STRIDE: gl.constexpr, FIRST: gl.constexpr, SIZE: gl.constex
     """
     sums, nearest, others = slots
     if acc.shape[1] > PIECE:
-        left, right = gl.split(acc.reshape([GROUP_ROWS, 2, acc.shape[1] // 2]).permute([0, 2, 1]))
+        left, right = halves(acc)
         left = plus(left, slots, STRIDE, FIRST, SIZE, AT_ONCE)
         right = plus(right, slots, STRIDE, FIRST + GROUP_ROWS * right.shape[1], SIZE, AT_ONCE)
         both = gl.join(left, right).permute([0, 2, 1]).reshape([GROUP_ROWS, acc.shape[1]])
