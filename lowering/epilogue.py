@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .decode import undo_factor
-from .sharing import place, rows_of_block
+from .sharing import box_at, place, rows_of_block, rows_of_box
 from .units import activate
 
 GROUP_ROWS = gl.constexpr(64)  # of the weight, which are columns of the result
@@ -47,7 +47,7 @@ def finish(acc, factor, tile, tiles, plan, result, GROUP: gl.constexpr, ACROSS: 
     if bias is not None:
         column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, acc.type.layout))
         acc += gl.load(bias + column, mask=column < N, other=0.0).to(gl.float32)[:, None]
-    store_rows(activate(acc, ACTIVATION), out, N, begin, first, end, weights, order)
+    store_rows(activate(acc, ACTIVATION), begin, first, end, plan, result)
 
 
 @gluon.constexpr_function
@@ -59,8 +59,8 @@ def stored_layout(bits):
 
 @gluon.constexpr_function
 def rows_at_once(bm, bits):
-    """How many rows of 64 numbers a group turns in shared memory at a time: 16 KiB of a high tile, else 4."""
-    return min(bm, ((16 if bm >= 128 else 4) << 13) // (GROUP_ROWS.value * bits))
+    """How many rows of 64 numbers a group turns in shared memory at a time: 16 KiB of a high tile, else 4, or a box."""
+    return min(rows_of_box(bm), ((16 if bm >= 128 else 4) << 13) // (GROUP_ROWS.value * bits))
 
 
 @gluon.jit
@@ -80,21 +80,25 @@ def pieces(acc, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(acc, out, N, begin, first, end, weights, order):
+def store_rows(acc, begin, first, end, plan, result):
     """``acc [64, BM]``, columns from ``begin`` on, to the rows of ``out`` from ``first`` to ``end``.
 
     With ``weights`` to those that ``order`` says, and multiplied. Left to itself, the compiler turns 2 KiB at a time.
     """
+    out, M, N, global_scale, global_stride, bias, weights, order = result
     DTYPE: gl.constexpr = out.dtype.element_ty
+    BM: gl.constexpr = acc.shape[1]
+    BOX: gl.constexpr = rows_of_box(BM)
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
-    ROWS: gl.constexpr = rows_at_once(acc.shape[1], BITS)
+    ROWS: gl.constexpr = rows_at_once(BM, BITS)
     STORED: gl.constexpr = stored_layout(BITS)
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
     parts = pieces(acc.to(DTYPE), ROWS)
     rows, routing = (), ()
     for part in gl.static_range(len(parts)):
-        row = first + part * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
-        live = row < end
+        box = first + part * ROWS // BOX * BOX
+        row = box_at(box, M, plan, BM) + part * ROWS % BOX + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
+        live = (row >= box) & (row < end)
         if weights is not None:
             row = gl.load(order + row, mask=live, other=-1).to(gl.int32)
             routing = routing + (gl.load(weights + row, mask=live, other=0.0).to(gl.float32),)

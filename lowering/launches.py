@@ -151,6 +151,7 @@ _LOW_ONE = replace(_ONE, room=3)
 _LOW_8, _LOW_16, _LOW_32, _LOW_64 = (
     ManyRows(rows, stages, room=2, across=1, split=2) for rows, stages in ((8, 6), (16, 6), (32, 6), (64, 4))
 )
+_LOW_128 = replace(_MIDDLE, across=1, split=2)
 _NARROW = _dense_on_hopper(
     (1, _LOW_ONE),
     (8, FewRows(4, 8, 8, slots=8)),
@@ -169,17 +170,25 @@ _AT_ONCE = (
 )
 _BY_AND_BY = (_AT_ONCE[0], (8, _LOW_8), (16, _LOW_16))
 _LOW, _LOW_LONG = (
-    _dense_on_hopper(*few, (32, _LOW_32), (64, _LOW_64), (128, ManyRows(64, 4, room=2)), (1024, _MIDDLE))
+    _dense_on_hopper(
+        *few,
+        (32, _LOW_32),
+        (64, _LOW_64),
+        (128, ManyRows(64, 4, room=2)),
+        (192, _LOW_64),
+        (256, _MIDDLE),
+        (384, _LOW_128),
+        (1024, _MIDDLE),
+    )
     for few in (_AT_ONCE, _BY_AND_BY)
 )
 _MEDIUM_SHORT, _MEDIUM, _MEDIUM_LONG = (
-    _dense_on_hopper(*few, (32, _LOW_32), (192, _LOW_64), (256, ManyRows(128, 4, across=1, split=2)), (512, _MIDDLE))
+    _dense_on_hopper(*few, (32, _LOW_32), (128, _LOW_64), (256, _LOW_128), (768, _MIDDLE))
     for few in (((1, _LOW_ONE), *_AT_ONCE[1:]), _AT_ONCE, _BY_AND_BY)
 )
 _HIGH = _dense_on_hopper((1, _LOW_ONE), (8, _LOW_8), (16, _LOW_16), (32, _LOW_32), (64, _LOW_64), (512, _MIDDLE))
 _WIDE_FEW = ((8, ManyRows(8, 6, 2, across=1, split=2)), (16, ManyRows(16, 6, 2, across=1, split=2)))
-_SHORT_64 = ManyRows(64, 4, room=2)
-_MORE_OF_SHORT = ((32, ManyRows(32, 4, 2)), (64, _SHORT_64), (128, _MIDDLE), (192, _SHORT_64), (384, _MIDDLE))
+_MORE_OF_SHORT = ((32, ManyRows(32, 4, 2)), (64, ManyRows(64, 4, room=2)), (384, _MIDDLE))
 _WIDE_SHORT = _dense_on_hopper(
     (1, _ONE),
     (8, FewRows(4, 12, 8, slots=4, high=2)),
@@ -187,7 +196,7 @@ _WIDE_SHORT = _dense_on_hopper(
     *_MORE_OF_SHORT,
 )
 _WIDER_SHORT = _dense_on_hopper((1, _ONE), *_WIDE_FEW, *_MORE_OF_SHORT)
-_WIDE_MANY = ((64, ManyRows(64, 3, 2)), (128, _MIDDLE), (256, _LARGE), (384, _MIDDLE))
+_WIDE_MANY = ((64, ManyRows(64, 3, 2)), (384, _MIDDLE))
 _WIDE = _dense_on_hopper((1, FewRows(4, 8, 1)), *_WIDE_FEW, (32, ManyRows(32, 6, 2, across=1, split=2)), *_WIDE_MANY)
 _WIDE_LONG = _dense_on_hopper(
     (1, FewRows(8, 8, 8, across=2, slots=4)),

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .sharing import place, rows_of_block, stretch
+from .sharing import box_at, place, rows_of_block, rows_of_box, stretch
 from .units import UNIT_BYTES, UNIT_COLUMNS, UNIT_WORDS, wait_for_last
 
 # Its names in Triton 3.6 and 3.9.
@@ -40,7 +40,7 @@ def load_weight(codes_desc, scale_desc, ring, stage, unit, k):
 
 
 @gluon.jit
-def load(x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STEPS: gl.constexpr):
+def load(x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, M, N, STEPS: gl.constexpr):
     """The loader. The first weights are on their way before the kernel that writes x has ended.
 
     Where a tile lies takes divisions, so that is worked out once for all its steps. What lies past the end of K comes
@@ -50,6 +50,7 @@ def load(x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STE
     STAGES: gl.constexpr = codes.shape[0]
     DEEP: gl.constexpr = tokens.shape[0] // STAGES
     BM: gl.constexpr = tokens.shape[1]
+    BOX: gl.constexpr = rows_of_box(BM)
     early = 0
     if total > 0:
         tile, first, last = stretch(0, share, STEPS)
@@ -70,5 +71,7 @@ def load(x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STE
                 load_weight(codes_desc, scale_desc, ring, stage, unit, k)
             for half in gl.static_range(DEEP):
                 column = (k * DEEP + half) * UNIT_COLUMNS
-                copy_in(x_desc, [row, column], full.index(stage), tokens.index(stage * DEEP + half))
+                for box in gl.static_range(BM // BOX):
+                    rows = tokens.index(stage * DEEP + half).slice(box * BOX, BOX)
+                    copy_in(x_desc, [box_at(row + box * BOX, M, plan, BM), column], full.index(stage), rows)
             it += 1

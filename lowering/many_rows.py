@@ -34,7 +34,7 @@ from .launches import ManyRows
 from .loader import load
 from .operands import Schedule, Weight, multiprocessors
 from .reference import NO_ACTIVATION
-from .sharing import shares, stretch
+from .sharing import rows_of_box, shares, stretch
 from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, decode_units, let_next_begin
 
 
@@ -174,7 +174,7 @@ def product_kernel(
             [
                 (multiply, (work, 0, 0, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
                 (multiply, (work, 1 % ACROSS, 1 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STEPS)),
+                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, M, N, STEPS)),
             ],
             [4, 1],
             [REGISTERS, LOADER],
@@ -187,7 +187,7 @@ def product_kernel(
                 (multiply, (work, 1 % ACROSS, 1 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
                 (multiply, (work, 2 % ACROSS, 2 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
                 (multiply, (work, 3 % ACROSS, 3 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, N, STEPS)),
+                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, M, N, STEPS)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, LOADER],
@@ -256,7 +256,7 @@ def _product(
         rows = rows.clone(memory_format=torch.contiguous_format)
     units, deep = launch.block_n // 16, launch.deep
     product_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [launch.block_m, UNIT_COLUMNS.value], _swizzled()),
+        TensorDescriptor.from_tensor(rows, [rows_of_box(launch.block_m), UNIT_COLUMNS.value], _swizzled()),
         TensorDescriptor.from_tensor(weight.words.view(-1, k * 2), [units, deep * UNIT_WORDS.value], _straight(32)),
         TensorDescriptor.from_tensor(
             weight.scale_pairs.view(-1, k // 2), [units, deep * UNIT_SCALES.value], _straight(16)

@@ -89,3 +89,26 @@ def rows_of_block(block, plan, BM: gl.constexpr):
     first = gl.load(ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
     before = gl.load(block_ends + expert - 1, mask=expert > 0, other=0).to(gl.int32)
     return expert, first + (block - before) * BM, gl.load(ends + expert).to(gl.int32)
+
+
+@gluon.constexpr_function
+def rows_of_box(bm):
+    """How many rows of x the copy engine takes at a time for a tile of ``bm``.
+
+    Of 64 or more it is half of them: tiles are chosen for more rows of x than that.
+    """
+    return bm // 2 if bm >= 64 else bm
+
+
+@gluon.jit
+def box_at(row, M, plan, BM: gl.constexpr):
+    """Where the box begins that holds the rows of x from ``row`` on.
+
+    What lies past the end of x the copy engine fills with zeros, slowly: so the last box of a dense product's high tile
+    begins early instead, and holds rows of the one before it as well. Past a block of experts other experts' rows lie.
+    """
+    BOX: gl.constexpr = rows_of_box(BM)
+    if BOX == BM or plan[0] is not None:
+        return row
+    else:
+        return gl.maximum(gl.minimum(row, M - BOX), 0)

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fp4pass.lowering import few_rows, gather, many_rows
+from fp4pass.lowering import few_rows, gather, many_rows, sharing
 from fp4pass.lowering.arch import Arch, Tile
 from fp4pass.lowering.launches import FewRows, ManyRows
 
@@ -118,7 +118,7 @@ def _few_operands(dtype: torch.dtype) -> dict[str, str]:
 def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
     units = launch.block_n // 16
     return {
-        "x_desc": _descriptor(POINTER[dtype][1:], launch.block_m, 64, many_rows._swizzled()),
+        "x_desc": _descriptor(POINTER[dtype][1:], sharing.rows_of_box(launch.block_m), 64, many_rows._swizzled()),
         "codes_desc": _descriptor("i32", units, 128 * launch.deep, many_rows._straight(32)),
         "scale_desc": _descriptor("i16", units, 32 * launch.deep, many_rows._straight(16)),
         "parts": "*fp32",

@@ -14,12 +14,18 @@ MULTIPROCESSORS = 132
 
 
 @pytest.fixture
-def pieces(monkeypatch):
-    """(tiles, steps, programs, lead, idle) -> each program's stretches [(tile, first step, end)], a range's length."""
-    here = SimpleNamespace(
+def here(monkeypatch):
+    """What the functions call, as plain Python."""
+    plain = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b), minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b
     )
-    monkeypatch.setattr(sharing, "gl", here)
+    monkeypatch.setattr(sharing, "gl", plain)
+    return plain
+
+
+@pytest.fixture
+def pieces(monkeypatch, here):
+    """(tiles, steps, programs, lead, idle) -> each program's stretches [(tile, first step, end)], a range's length."""
     monkeypatch.setattr(sharing, "locate", sharing.locate.fn)
 
     def of_program(program, tiles, steps, programs, lead, idle):
@@ -92,3 +98,22 @@ def test_tiles_stay_whole_where_programs_would_be_idle_for_no_more_steps_than_al
     assert whole(50, 21, 8) and not whole(51, 21, 8)
     assert whole(16, 64, 8) and not whole(17, 64, 8)
     assert whole(0, 64, 0) and not whole(20, 64, 0)
+
+
+@pytest.mark.parametrize("bm", (8, 32, 64, 128, 256))
+def test_boxes_hold_each_row_of_x_once_as_their_own_and_as_few_as_can_be_that_x_does_not_have(here, bm):
+    box = sharing.rows_of_box(bm)
+    for rows in (1, bm // 2, bm // 2 + 1, bm - 1, bm, bm + 1, 3 * bm - box, 3 * bm - 1, 3 * bm):
+        own, missing = [], 0
+        for first in range(0, -(-rows // bm) * bm, box):
+            at = sharing.box_at.fn(first, rows, (None,), bm)
+            held = range(at, at + box)
+            assert at >= 0
+            own += [row for row in held if first <= row < rows]
+            missing += sum(row >= rows for row in held)
+        assert own == list(range(rows))
+        assert missing == 0 or rows < box or box == bm
+
+
+def test_boxes_of_a_block_of_experts_follow_each_other(here):
+    assert [sharing.box_at.fn(100 + first, 130, (object(),), 64) for first in (0, 32)] == [100, 132]
