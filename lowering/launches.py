@@ -234,8 +234,8 @@ _LEAST_LOW, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 3072, 3969, 4225
 LEAST_WIDE, _LEAST_WIDER, _LEAST_HUGE = 8192, 10561, 65536
 # Its columns.
 _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
-# Two middle tiles take longer than a largest one, but less so than half an empty one does: from 520 to 2,176 rows of x
-# middle ones took 5 to 19 % less of an H200's time (10304 x 2688). With more rows it is a smaller part of the whole.
+# Two middle tiles take longer than a largest one, but one of them less than half an empty one: for 520 and 1,100 rows
+# of x middle ones took 0.76 to 1.02 times as long on an H200. With more rows it is a smaller part of the whole.
 _MOST_IN_HALVES = 3072
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
