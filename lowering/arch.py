@@ -10,7 +10,7 @@ import torch
 
 from fp4pass.errors import DeviceError
 
-from .launches import ANY, LEAST_WIDE, FewRows, ManyRows, launch
+from .launches import ANY, LEAST_WIDE, FewRows, InParts, ManyRows, launch
 from .layout import FRAGMENTS
 
 FIRST_SM, FIRST_NATIVE_SM = 80, 100
@@ -100,11 +100,11 @@ class Arch:
 
     def launch(
         self, rows: int, dtype: torch.dtype, layout: str, *, columns: int, depth: int, experts: bool = False
-    ) -> FewRows | ManyRows | Tile:
+    ) -> FewRows | ManyRows | InParts | Tile:
         """What a product over K runs with on a GPU: ``rows`` of x, a weight ``[N, K]``.
 
         For ``experts`` these are the rows to expect of one, see `rows_of_expert`.
-        Which of the three says which kernel: see few_rows.py, many_rows.py, and linear.py or moe.py for tiles.
+        Which it is says which kernel: see few_rows.py, many_rows.py, and linear.py or moe.py for tiles.
         """
         if layout == FRAGMENTS and dtype != torch.float32:
             found = launch(rows, columns, depth, experts=experts, wgmma=self.wgmma)

@@ -118,6 +118,21 @@ class ManyRows:
         }
 
 
+@dataclass(frozen=True)
+class InParts:
+    """Two launches of a dense product: for the ``full`` first rows of x, which fill tiles, and for the rest.
+
+    A tile with few rows of its own takes as long as a full one does.
+    """
+
+    full: int
+    first: FewRows | ManyRows
+    rest: FewRows | ManyRows
+
+    def __str__(self) -> str:
+        return f"{self.first}; {self.rest}"
+
+
 Launches = tuple[tuple[int, FewRows | ManyRows], ...]
 """Launches by the most rows of x that each is meant for."""
 
@@ -237,26 +252,50 @@ _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
 # Two middle tiles take longer than a largest one, but one of them less than half an empty one: for 520 and 1,100 rows
 # of x middle ones took 0.76 to 1.02 times as long on an H200. With more rows it is a smaller part of the whole.
 _MOST_IN_HALVES = 3072
+# How many rows beyond full tiles have a launch of their own, by what both took on an H200: of a weight with many tiles,
+# of one with few columns, and of a medium one, for which two rows of tiles come first. Low weights gain nothing.
+_MOST_LEFT_OVER, _MOST_LEFT_OVER_OF_SHORT = 64, 32
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
 # Triton 3.6 does not compile many_rows.py for a single step.
 _LEAST_DEPTH = 192
 
 
-def launch(rows: int, columns: int, depth: int, *, experts: bool, wgmma: bool) -> FewRows | ManyRows | None:
+def launch(rows: int, columns: int, depth: int, *, experts: bool, wgmma: bool) -> FewRows | ManyRows | InParts | None:
     """The launch for ``rows`` of x and a weight ``[columns, depth]``; None where there is none.
 
     For ``experts`` these are the rows to expect of one. ``wgmma``: whether the GPU has it.
     """
-    for most, found in _table(columns, depth, experts=experts, wgmma=wgmma):
+    table = _table(columns, depth, experts=experts, wgmma=wgmma)
+    if experts:
+        return _taken(table, rows, depth)
+    left = rows % _MIDDLE.block_m
+    full, taken = rows - left, _taken(table, rows, depth)
+    if isinstance(taken, ManyRows) and 0 < left <= _most_left_over(full, columns, depth):
+        return InParts(full, _fuller(_taken(table, full, depth), full), _taken(table, left, depth))
+    return _fuller(taken, rows)
+
+
+def _taken(table: Launches, rows: int, depth: int) -> FewRows | ManyRows | None:
+    for most, found in table:
         if isinstance(found, ManyRows) and depth < _LEAST_DEPTH:
             return None
         if rows <= most:
-            return found if experts else _fuller(found, rows)
+            return found
     return None
 
 
-def _fuller(found: FewRows | ManyRows, rows: int) -> FewRows | ManyRows:
+def _most_left_over(full: int, columns: int, depth: int) -> int:
+    """How many rows of x after ``full`` ones, a multiple of a middle tile, have a launch of their own."""
+    tiles = full // _MIDDLE.block_m
+    if tiles == 0 or (tiles > 1 and tiles % 2):
+        return 0  # They fill the last tile, or half of a largest one.
+    if _is_wide(columns, depth):
+        return _MOST_LEFT_OVER if depth >= _LEAST_USUAL or columns >= _LEAST_HUGE else _MOST_LEFT_OVER_OF_SHORT
+    return _MOST_LEFT_OVER_OF_SHORT if tiles > 1 and _LEAST_MEDIUM <= columns < _LEAST_HIGH else 0
+
+
+def _fuller(found: FewRows | ManyRows | None, rows: int) -> FewRows | ManyRows | None:
     """Middle tiles where half of the last of the largest ones would be empty."""
     half_empty = -(-rows // _MIDDLE.block_m) % 2 == 1
     return _MIDDLE if found == _LARGE and half_empty and rows <= _MOST_IN_HALVES else found
@@ -274,7 +313,7 @@ def launches(*, wgmma: bool) -> Iterator[tuple[bool, FewRows | ManyRows]]:
 def _table(columns: int, depth: int, *, experts: bool, wgmma: bool) -> Launches:
     if experts:
         return _EXPERTS if wgmma else _MMA_EXPERTS
-    wide = columns >= LEAST_WIDE or columns * depth >= _HEAVY
+    wide = _is_wide(columns, depth)
     if not wgmma:
         return _MMA_LOW if columns < _LEAST_MEDIUM and not wide else _MMA
     if columns >= _LEAST_HUGE:
@@ -291,3 +330,7 @@ def _table(columns: int, depth: int, *, experts: bool, wgmma: bool) -> Launches:
     if columns < _LEAST_MEDIUM:
         return _LOW_LONG if long else _LOW
     return _MEDIUM_LONG if long else _MEDIUM if depth >= _LEAST_USUAL else _MEDIUM_SHORT
+
+
+def _is_wide(columns: int, depth: int) -> bool:
+    return columns >= LEAST_WIDE or columns * depth >= _HEAVY

@@ -11,7 +11,7 @@ import triton.language as tl
 from . import few_rows, many_rows
 from .arch import Arch, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
-from .launches import FewRows, ManyRows
+from .launches import FewRows, InParts, ManyRows
 from .operands import Weight, has_dot_order, launch_for, rows_of, words_of
 from .reference import NO_ACTIVATION
 from .tile import activate, product_tile, times_global
@@ -158,13 +158,26 @@ def linear(
     weight = Weight(codes, scale, global_scale, layout)
     bias = bias if bias is None else bias.contiguous()
     launch = launch_for(arch, m, x, weight, asm=asm)
-    if isinstance(launch, FewRows):
-        few_rows.linear(rows, weight, bias, out, activation, launch)
-    elif isinstance(launch, ManyRows):
-        many_rows.linear(rows, weight, bias, out, activation, launch)
-    else:
+    if isinstance(launch, InParts):
+        for part, each in ((slice(launch.full), launch.first), (slice(launch.full, None), launch.rest)):
+            _in_fragments(rows[part], weight, bias, out[part], activation, each)
+    elif isinstance(launch, Tile):
         _in_tiles(rows, weight, bias, out, activation, arch, launch, asm)
+    else:
+        _in_fragments(rows, weight, bias, out, activation, launch)
     return out.view(*x.shape[:-1], n)
+
+
+def _in_fragments(
+    rows: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    launch: FewRows | ManyRows,
+) -> None:
+    kernel = few_rows if isinstance(launch, FewRows) else many_rows
+    kernel.linear(rows, weight, bias, out, activation, launch)
 
 
 def _in_tiles(

@@ -10,7 +10,7 @@ import torch
 from fp4pass.errors import ArgumentError
 
 from .arch import Arch, Tile
-from .launches import FewRows, ManyRows
+from .launches import FewRows, InParts, ManyRows
 from .layout import FRAGMENTS
 
 
@@ -70,14 +70,14 @@ class Schedule:
 
 def launch_for(
     arch: Arch, rows: int, x: torch.Tensor, weight: Weight, *, asm: bool, experts: bool = False
-) -> FewRows | ManyRows | Tile:
+) -> FewRows | ManyRows | InParts | Tile:
     """What a product of ``rows`` rows (an expert's) of x's dtype and device runs with."""
     n, k = weight.codes.shape[-2], weight.codes.shape[-1] * 2
     tile = arch.tile(rows, x.dtype, experts=experts, columns=n)
     if not (asm and x.is_cuda):
         return tile
     launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
-    return tile if isinstance(launch, ManyRows) and not weight.aligned else launch
+    return tile if isinstance(launch, ManyRows | InParts) and not weight.aligned else launch
 
 
 @cache

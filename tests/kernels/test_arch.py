@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from fp4pass.errors import DeviceError
-from fp4pass.lowering import arch
-from fp4pass.lowering.launches import launch, launches
+from fp4pass.lowering import arch, reference
+from fp4pass.lowering.launches import InParts, launch, launches
 from fp4pass.lowering.layout import FRAGMENTS
+
+from .operands import activations, weight
 
 # Weights of every kind that launches are told apart by.
 HEIGHTS, DEPTHS = (16, 768, 3072, 4240, 8192, 65536), (192, 4096, 8192)
@@ -65,7 +67,7 @@ def test_every_launch_is_taken_for_some_rows_and_no_other(wgmma):
     taken = {
         (experts, launch(rows, columns, depth, experts=experts, wgmma=wgmma))
         for experts, columns, depth in itertools.product((False, True), HEIGHTS, DEPTHS)
-        for rows in (*range(130), 256, 384, 512, 1024, 2048, 4096)
+        for rows in (*range(129), 256, 384, 512, 1024, 2048, 4096)
     }
     assert set(launches(wgmma=wgmma)) == {(experts, each) for experts, each in taken if each is not None}
 
@@ -74,10 +76,47 @@ def test_every_launch_is_taken_for_some_rows_and_no_other(wgmma):
 def test_no_half_tile_is_empty_unless_there_are_many(columns, depth):
     for rows in (*range(300, 3072, 100), 513, 640, 641, 768, 3072):
         found = launch(rows, columns, depth, experts=False, wgmma=True)
-        assert found is None or -rows % found.block_m < 128
+        if isinstance(found, InParts):
+            assert found.full % found.first.block_m == 0
+        else:
+            assert found is None or -rows % found.block_m < 128
         by_experts = launch(rows, columns, depth, experts=True, wgmma=True)
         assert by_experts is None or by_experts.block_m == 256
-    assert launch(3073, 16384, 4096, experts=False, wgmma=True).block_m == 256
+    assert launch(3072 + 65, 16384, 4096, experts=False, wgmma=True).block_m == 256
+
+
+@pytest.mark.parametrize(("columns", "depth"), itertools.product(HEIGHTS, DEPTHS))
+def test_few_rows_beyond_full_tiles_run_as_the_same_number_of_rows_does(columns, depth):
+    def of(rows):
+        return launch(rows, columns, depth, experts=False, wgmma=True)
+
+    for rows in range(1, 1200):
+        if isinstance(found := of(rows), InParts):
+            assert 0 < found.full < rows and found.full % 128 == 0 and rows - found.full <= 64
+            assert (found.first, found.rest) == (of(found.full), of(rows - found.full))
+    wide = columns >= 8192 or columns * depth >= 1 << 26
+    assert isinstance(of(136), InParts) == wide and isinstance(of(520), InParts) == (wide or columns == 3072)
+    assert not isinstance(of(192 + 1), InParts) and not isinstance(of(384 + 8), InParts)
+
+
+def test_a_product_in_parts_has_each_row_of_x_from_its_own_launch(monkeypatch):
+    linear = pytest.importorskip("fp4pass.lowering.linear")
+    found = launch(136, 8192, 4096, experts=False, wgmma=True)
+    taken = []
+
+    def twin(rows, weight, bias, out, activation, launch):
+        taken.append((len(rows), launch))
+        of_weight = weight.codes, weight.scale, weight.global_scale
+        out.copy_(reference.linear(rows, *of_weight, bias, weight.layout, activation))
+
+    monkeypatch.setattr(linear, "launch_for", lambda *_, **__: found)
+    for kernel in (linear.few_rows, linear.many_rows):
+        monkeypatch.setattr(kernel, "linear", twin)
+    x, operands = activations(2, 68, 128, dtype=torch.bfloat16), weight(64, 128, order=FRAGMENTS)
+    arguments = *operands, activations(64, seed=9, dtype=torch.bfloat16), FRAGMENTS, "relu2"
+    result = linear.linear(x, *arguments, arch=arch.ARCHS[90])
+    assert torch.equal(result, reference.linear(x, *arguments))
+    assert taken == [(128, found.first), (8, found.rest)]
 
 
 def test_splits_fill_the_gpu_and_keep_steps_together():
