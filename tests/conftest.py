@@ -28,6 +28,12 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Random numbers of a test do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_sizes():
     """Dimensions of the tiny checkpoint, as keyword arguments of ``synthesize``."""

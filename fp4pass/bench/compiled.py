@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from fp4pass.bench.clock import microseconds
+from fp4pass.bench.clock import Call, microseconds
 from fp4pass.lowering import arch
 
 _QUIET = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
@@ -36,6 +37,13 @@ def _compiled(**settings: Any) -> Callable[..., Any]:
         return module(*inputs)
 
     return torch.compile(call, fullgraph=True, dynamic=True, **settings)
+
+
+def at_once(calls: Sequence[Call]) -> None:
+    """Make each call, all at the same time: each thread compiles the kernels that its call is the first to launch."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        for running in [threads.submit(call) for call in calls]:
+            running.result()
 
 
 def chosen(device: torch.device, rows: int, layout: str, n: int, k: int, *, experts: bool = False) -> str:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from fp4pass import _torch, nvfp4
 from fp4pass.bench.cases import Dense
 from fp4pass.bench.clock import BYTES_IN_TURN, copies, microseconds, relative_error, roofline, sample
-from fp4pass.bench.compiled import INDUCTORS_TRITON, chosen, compile_ours, compile_plain, floor
+from fp4pass.bench.compiled import INDUCTORS_TRITON, at_once, chosen, compile_ours, compile_plain, floor
 from fp4pass.bench.table import Row
 from fp4pass.checkpoint.modules import NVFP4Linear
 
@@ -39,6 +39,7 @@ def measure(
     """
     torch.compiler.reset()
     layer = _Layer(case, device, bytes_in_turn, plain_backend)
+    layer.compile_kernels(tokens)
     for count in tokens:
         with _torch.many_recompiles():
             row = layer.row(count, count in triton_tokens)
@@ -62,6 +63,11 @@ class _Layer:
         self.floor = floor(turns, device, roofline(case.weight_bytes(), 0))
         self.compiled = compile_ours()
         self.decode_then_multiply = compile_plain(plain_backend)
+
+    def compile_kernels(self, tokens: Sequence[int]) -> None:
+        """All of ours that rows for so many tokens launch."""
+        x = torch.randn(max(tokens), self.case.k, device=self.device, dtype=torch.bfloat16)
+        at_once([functools.partial(self.modules[0], x[:count]) for count in tokens])
 
     def row(self, tokens: int, with_triton: bool) -> Row:
         """Everything about one number of tokens."""

@@ -13,7 +13,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from fp4pass import _torch, nvfp4
 from fp4pass.bench.cases import Moe
 from fp4pass.bench.clock import BYTES_IN_TURN, copies, microseconds, relative_error, roofline, sample
-from fp4pass.bench.compiled import Reading, chosen, compile_ours, compile_plain, floor
+from fp4pass.bench.compiled import Reading, at_once, chosen, compile_ours, compile_plain, floor
 from fp4pass.bench.table import Row
 from fp4pass.checkpoint.modules import NVFP4Experts
 from fp4pass.lowering import reference
@@ -42,6 +42,7 @@ def measure(
     """
     torch.compiler.reset()
     block = _Block(case, device, bytes_in_turn, plain_backend)
+    block.compile_kernels(tokens)
     for count in tokens:
         with _torch.many_recompiles():
             row = block.row(count)
@@ -58,6 +59,12 @@ class _Block:
         self.packed = _packed_module(case, up, down)
         self.dense = _dense_module(case, up, down)
         self.compiled, self.plain = compile_ours(), compile_plain(plain_backend)
+
+    def compile_kernels(self, tokens: Sequence[int]) -> None:
+        """All of ours that rows for so many tokens launch."""
+        x = torch.randn(max(tokens), self.case.width, device=self.device, dtype=torch.bfloat16)
+        ids, weights = self._routings(max(tokens))[0]
+        at_once([functools.partial(self.packed, x[:count], ids[:count], weights[:count]) for count in tokens])
 
     def row(self, tokens: int) -> Row:
         """Everything about one number of tokens."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import fp4pass
 from fp4pass import nvfp4
-from fp4pass.bench import cases, clock, compiles, dense, moe, table
+from fp4pass.bench import cases, clock, compiled, compiles, dense, moe, table
 from fp4pass.checkpoint.releases import RELEASES
 from fp4pass.checkpoint.tensors import products
 from fp4pass.cli import ERROR, FOUND_FAULTS, OK, main
@@ -54,6 +56,19 @@ def test_cases_are_chosen_by_kind_and_name():
     assert cases.choose(["moe"], ["nano.experts"]) == [cases.MOE[0]]
     with pytest.raises(OptionError, match=r"did you mean 'nano.in_proj'"):
         cases.choose(["dense"], ["nano.inproj"])
+
+
+def test_calls_at_once_are_all_made_and_an_error_is_not_lost():
+    together, made = threading.Barrier(3, timeout=60), []
+
+    def call(number):
+        together.wait()
+        made.append(number)
+
+    compiled.at_once([partial(call, number) for number in range(3)])
+    assert sorted(made) == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        compiled.at_once([partial(made.append, 3), lambda: 1 / 0])
 
 
 def test_bytes_are_those_of_the_packed_tensors():
