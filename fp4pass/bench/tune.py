@@ -30,10 +30,10 @@ from fp4pass.bench.command import gpu, machine
 from fp4pass.bench.table import header
 from fp4pass.errors import Fp4passError, OptionError
 from fp4pass.lowering.arch import Arch, target
-from fp4pass.lowering.launches import FewRows, ManyRows, launch
+from fp4pass.lowering.launches import FewRows, InParts, ManyRows, launch
 from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
 
-Launch = FewRows | ManyRows
+Launch = FewRows | ManyRows | InParts
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 WITHIN = 0.002
@@ -49,12 +49,12 @@ class _Only(Arch):
 
     only: Launch
 
-    def launch(self, *_: object, **__: object) -> Launch:
-        """The one."""
-        return self.only
+    def launch(self, rows: int, *_: object, **__: object) -> Launch:
+        """The one. In parts that is the first of them, where there are no rows for another."""
+        return self.only.first if isinstance(self.only, InParts) and rows <= self.only.full else self.only
 
 
-def parse_launch(text: str) -> Launch:
+def parse_launch(text: str) -> FewRows | ManyRows:
     """``FewRows(8, 8, 16, slots=4)`` and the like, as launches.py has them. Raises OptionError for anything else."""
     try:
         call = ast.parse(text, mode="eval").body

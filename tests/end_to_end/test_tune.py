@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from fp4pass.bench.cases import DENSE
 from fp4pass.errors import OptionError
 from fp4pass.lowering import reference
 from fp4pass.lowering.arch import ARCHS
-from fp4pass.lowering.launches import FewRows, ManyRows
+from fp4pass.lowering.launches import FewRows, InParts, ManyRows
 from fp4pass.lowering.layout import FRAGMENTS
 
 CPU = torch.device("cpu")
@@ -30,7 +32,6 @@ def twin(monkeypatch):
         return out
 
     monkeypatch.setattr(tune, "run_with", run)
-    torch.manual_seed(0)
 
 
 def test_launches_are_written_as_in_the_tables():
@@ -76,6 +77,12 @@ def test_trials_are_read_from_a_file_too(tmp_path, capsys, monkeypatch):
 def test_a_launch_is_held_against_float64(twin):
     assert tune.faults(RIGHT, 256, 192, 8, CPU) == ""
     assert tune.faults(WRONG, 256, 192, 8, CPU).startswith("wrong: error ")
+
+
+def test_of_a_launch_in_parts_only_those_run_that_have_rows():
+    parts = InParts(128, WRONG, RIGHT)
+    only = tune._Only(*astuple(ARCHS[90]), parts)
+    assert [only.launch(rows, torch.bfloat16) for rows in (126, 128, 129)] == [WRONG, WRONG, parts]
 
 
 def test_nan_is_wrong(monkeypatch):
