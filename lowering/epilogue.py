@@ -59,7 +59,10 @@ def stored_layout(bits):
 
 @gluon.constexpr_function
 def rows_at_once(bm, bits):
-    """How many rows of 64 numbers a group turns in shared memory at a time: 16 KiB of a high tile, else 4, or a box."""
+    """How many rows of 64 numbers a group turns in shared memory at a time: 16 KiB of a high tile, else 4.
+
+    No more than a box has, whose rows follow each other.
+    """
     return min(rows_of_box(bm), ((16 if bm >= 128 else 4) << 13) // (GROUP_ROWS.value * bits))
 
 

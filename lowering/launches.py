@@ -288,8 +288,9 @@ def _taken(table: Launches, rows: int, depth: int) -> FewRows | ManyRows | None:
 def _most_left_over(full: int, columns: int, depth: int) -> int:
     """How many rows of x after ``full`` ones, a multiple of a middle tile, have a launch of their own."""
     tiles = full // _MIDDLE.block_m
+    # Alone they have a launch of their own anyway; after an odd number of tiles a largest one takes them, too.
     if tiles == 0 or (tiles > 1 and tiles % 2):
-        return 0  # They fill the last tile, or half of a largest one.
+        return 0
     if _is_wide(columns, depth):
         return _MOST_LEFT_OVER if depth >= _LEAST_USUAL or columns >= _LEAST_HUGE else _MOST_LEFT_OVER_OF_SHORT
     return _MOST_LEFT_OVER_OF_SHORT if tiles > 1 and _LEAST_MEDIUM <= columns < _LEAST_HIGH else 0

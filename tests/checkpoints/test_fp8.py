@@ -21,7 +21,6 @@ IN_PROJ = "backbone.layers.0.mixer.in_proj"
 @pytest.fixture
 def fp8_layer():
     """An FP8 layer of 80 to 48 with a static input scale for values up to 4, and its dense weight."""
-    torch.manual_seed(0)
     module = FP8Linear(80, 48, bias=torch.float32, input_scale=Scalar((1,)), device="cpu")
     module.weight.data = (100 * torch.randn(48, 80)).to(torch.float8_e4m3fn)
     module.weight_scale.data.fill_(0.01)
