@@ -249,12 +249,15 @@ _LEAST_LOW, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 3072, 3969, 4225
 LEAST_WIDE, _LEAST_WIDER, _LEAST_HUGE = 8192, 10561, 65536
 # Its columns.
 _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
-# Two middle tiles take longer than a largest one, but one of them less than half an empty one: for 520 and 1,100 rows
-# of x middle ones took 0.76 to 1.02 times as long on an H200. With more rows it is a smaller part of the whole.
+# Where half of the last of the largest tiles would be empty, middle ones: two take longer than a largest one, but one
+# of them less than one that is half empty. For 520 and 1,100 rows of x they took 0.76 to 1.02 times as long on an H200.
+# With more rows it is a smaller part of the whole.
 _MOST_IN_HALVES = 3072
-# How many rows beyond full tiles have a launch of their own, by what both took on an H200: of a weight with many tiles,
-# of one with few columns, and of a medium one, for which two rows of tiles come first. Low weights gain nothing.
-_MOST_LEFT_OVER, _MOST_LEFT_OVER_OF_SHORT = 64, 32
+# How many rows beyond full tiles have a launch of their own, as was fastest on an H200: of a weight with many tiles, or
+# where there are many such rows of tiles before; of one with fewer. Low and high weights lose by it.
+_MOST_LEFT_OVER, _FEWER_LEFT_OVER, _MANY_TILES = 64, 16, 16
+# Up to so many rows of a weight two rows of its tiles run at once.
+_MOST_FOR_TWO = 8448
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
 # Triton 3.6 does not compile many_rows.py for a single step.
@@ -267,13 +270,15 @@ def launch(rows: int, columns: int, depth: int, *, experts: bool, wgmma: bool) -
     For ``experts`` these are the rows to expect of one. ``wgmma``: whether the GPU has it.
     """
     table = _table(columns, depth, experts=experts, wgmma=wgmma)
-    if experts:
-        return _taken(table, rows, depth)
-    left = rows % _MIDDLE.block_m
-    full, taken = rows - left, _taken(table, rows, depth)
-    if isinstance(taken, ManyRows) and 0 < left <= _most_left_over(full, columns, depth):
-        return InParts(full, _fuller(_taken(table, full, depth), full), _taken(table, left, depth))
-    return _fuller(taken, rows)
+    taken = _taken(table, rows, depth)
+    if experts or not isinstance(taken, ManyRows):
+        return taken
+    tiles, left = divmod(rows, _MIDDLE.block_m)
+    if 0 < left <= _most_left_over(tiles, columns, depth):
+        full = rows - left
+        return InParts(full, _taken(table, full, depth), _taken(table, left, depth))
+    half_empty = (tiles + (left > 0)) % 2 == 1
+    return _MIDDLE if taken == _LARGE and half_empty and rows <= _MOST_IN_HALVES else taken
 
 
 def _taken(table: Launches, rows: int, depth: int) -> FewRows | ManyRows | None:
@@ -285,21 +290,15 @@ def _taken(table: Launches, rows: int, depth: int) -> FewRows | ManyRows | None:
     return None
 
 
-def _most_left_over(full: int, columns: int, depth: int) -> int:
-    """How many rows of x after ``full`` ones, a multiple of a middle tile, have a launch of their own."""
-    tiles = full // _MIDDLE.block_m
-    # Alone they have a launch of their own anyway; after an odd number of tiles a largest one takes them, too.
-    if tiles == 0 or (tiles > 1 and tiles % 2):
+def _most_left_over(tiles: int, columns: int, depth: int) -> int:
+    """How many rows of x after so many full middle tiles have a launch of their own."""
+    # Alone they have one anyway; after an odd number of tiles, half of a largest one takes them.
+    if tiles == 0 or (tiles == 1 and columns <= _MOST_FOR_TWO) or (tiles > 1 and tiles % 2):
         return 0
     if _is_wide(columns, depth):
-        return _MOST_LEFT_OVER if depth >= _LEAST_USUAL or columns >= _LEAST_HUGE else _MOST_LEFT_OVER_OF_SHORT
-    return _MOST_LEFT_OVER_OF_SHORT if tiles > 1 and _LEAST_MEDIUM <= columns < _LEAST_HIGH else 0
-
-
-def _fuller(found: FewRows | ManyRows | None, rows: int) -> FewRows | ManyRows | None:
-    """Middle tiles where half of the last of the largest ones would be empty."""
-    half_empty = -(-rows // _MIDDLE.block_m) % 2 == 1
-    return _MIDDLE if found == _LARGE and half_empty and rows <= _MOST_IN_HALVES else found
+        many = depth >= _LEAST_USUAL or columns >= _LEAST_HUGE or tiles >= _MANY_TILES
+        return _MOST_LEFT_OVER if many else _FEWER_LEFT_OVER
+    return _FEWER_LEFT_OVER if _LEAST_MEDIUM <= columns < _LEAST_HIGH else 0
 
 
 def launches(*, wgmma: bool) -> Iterator[tuple[bool, FewRows | ManyRows]]:

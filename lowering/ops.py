@@ -90,6 +90,8 @@ def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
     _check(op, args)
     launch = getattr(kernels(op), op)
     with torch.cuda.device_of(args[0]):
+        # Triton 3.6 describes tensors to the GPU through the driver, which a new thread cannot call before this.
+        torch.cuda.set_device(args[0].device)
         return launch(*args)
 
 

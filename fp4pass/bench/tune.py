@@ -54,20 +54,26 @@ class _Only(Arch):
         return self.only.first if isinstance(self.only, InParts) and rows <= self.only.full else self.only
 
 
-def parse_launch(text: str) -> FewRows | ManyRows:
+def parse_launch(text: str) -> Launch:
     """``FewRows(8, 8, 16, slots=4)`` and the like, as launches.py has them. Raises OptionError for anything else."""
     try:
-        call = ast.parse(text, mode="eval").body
-        kind = {"FewRows": FewRows, "ManyRows": ManyRows}[call.func.id]
-        values = [ast.literal_eval(each) for each in call.args]
-        return kind(*values, **{each.arg: ast.literal_eval(each.value) for each in call.keywords})
+        return _built(ast.parse(text, mode="eval").body)
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise OptionError(
             "this is no launch",
             seen=f"{text} ({type(error).__name__}: {error})",
-            expected="FewRows(...) or ManyRows(...) with numbers, as in lowering/launches.py",
+            expected="FewRows(...), ManyRows(...) or InParts(...) with numbers, as in lowering/launches.py",
             do='write it as there, in quotes: "ManyRows(16, 6, room=2, across=1, split=2)"',
         ) from error
+
+
+def _built(call: ast.expr) -> Launch:
+    kind = {each.__name__: each for each in (FewRows, ManyRows, InParts)}[call.func.id]
+    return kind(*map(_value, call.args), **{each.arg: _value(each.value) for each in call.keywords})
+
+
+def _value(given: ast.expr) -> object:
+    return _built(given) if isinstance(given, ast.Call) else ast.literal_eval(given)
 
 
 def parse_shape(text: str) -> Dense:

@@ -94,14 +94,17 @@ def test_few_rows_beyond_full_tiles_run_as_the_same_number_of_rows_does(columns,
         if isinstance(found := of(rows), InParts):
             assert 0 < found.full < rows and found.full % 128 == 0 and rows - found.full <= 64
             assert (found.first, found.rest) == (of(found.full), of(rows - found.full))
-    wide = columns >= 8192 or columns * depth >= 1 << 26
-    assert isinstance(of(136), InParts) == wide and isinstance(of(520), InParts) == (wide or columns == 3072)
+    medium, wide = columns == 3072, columns >= 8192 or columns * depth >= 1 << 26
+    assert isinstance(of(128 + 8), InParts) == (columns == 65536), "two rows of tiles run at once"
+    assert isinstance(of(512 + 16), InParts) == isinstance(of(2048 + 16), InParts) == (medium or wide)
+    assert isinstance(of(512 + 17), InParts) == (wide and (depth >= 4096 or columns == 65536))
+    assert isinstance(of(2048 + 64), InParts) == wide
     assert not isinstance(of(192 + 1), InParts) and not isinstance(of(384 + 8), InParts)
 
 
 def test_a_product_in_parts_has_each_row_of_x_from_its_own_launch(monkeypatch):
     linear = pytest.importorskip("fp4pass.lowering.linear")
-    found = launch(136, 8192, 4096, experts=False, wgmma=True)
+    found = launch(136, 16384, 4096, experts=False, wgmma=True)
     taken = []
 
     def twin(rows, weight, bias, out, activation, launch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -306,6 +308,17 @@ def test_a_compiled_graph_calls_the_op_with_symbolic_rows(k):
     for rows in (3, 20, 129):
         x = activations(rows, k, dtype=torch.bfloat16, device="cuda")
         assert torch.equal(compiled(x), fp4pass.linear(x, *operands, None, order).relu())
+
+
+@EACH_WIDTH
+@pytest.mark.parametrize("rows", [3, 40, 300])
+def test_a_thread_that_did_nothing_on_the_gpu_yet_runs_what_another_compiled(rows, k):
+    operands, order = dense(208, k)
+    x = activations(rows, k, dtype=torch.bfloat16, device="cuda")
+    for _ in range(2):
+        expected = fp4pass.linear(x, *operands, None, order)
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(fp4pass.linear, x, *operands, None, order).result(), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
