@@ -11,6 +11,8 @@ not be prepared, in which any other bits may stand.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -218,10 +220,13 @@ def plus(acc, slots, STRIDE: gl.constexpr, FIRST: gl.constexpr, SIZE: gl.constex
         return in_registers(mine, acc)
 
 
+_in_packets = cache(in_packets)  # on the host the call of a function for kernels takes 2 us
+
+
 def places(like: torch.Tensor, programs: int, launch: ManyRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for ``parts`` (float32) and ``flags`` (int64) on the device of ``like``; it may hold anything."""
     sums = programs * launch.block_n * launch.block_m
-    packets = 2 if in_packets(launch.block_m, launch.split) else 1
+    packets = 2 if _in_packets(launch.block_m, launch.split) else 1
     return (
         like.new_empty(sums * packets, dtype=torch.float32),
         like.new_empty(programs * launch.across, dtype=torch.int64),

@@ -15,7 +15,6 @@ For SM80 and later, bfloat16 and float16.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -24,6 +23,7 @@ from .decode import undo_factor
 from .launches import FewRows
 from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout, steps_along
 from .operands import Schedule, Weight, multiprocessors
+from .start import start
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
 
@@ -302,11 +302,13 @@ def linear(
     rows = _readable(rows)
     constants = launch.constants
     high = max(1, min(launch.high, n // (16 * launch.across)))
-    tiles = triton.cdiv(n // 16, launch.across * high), triton.cdiv(m, launch.block_m)
+    tiles = -(-(n // 16) // (launch.across * high)), -(-m // launch.block_m)
     if tiles[0] * tiles[1] > launch.room * multiprocessors(rows.device):
         # Better unevenly than one after the other: that GPU is not as large as the one that the launch was chosen for.
         constants["LEAST_KIB"] = 0
-    linear_kernel[tiles](
+    start(
+        linear_kernel,
+        tiles,
         rows,
         weight.words,
         weight.scale_pairs,
@@ -342,7 +344,9 @@ def expert_product(
     """
     n = out.shape[1]
     rows = _readable(rows)
-    experts_kernel[(triton.cdiv(n // 16, launch.across), plan.blocks)](
+    start(
+        experts_kernel,
+        (-(-(n // 16) // launch.across), plan.blocks),
         rows,
         weight.words,
         weight.scale_pairs,

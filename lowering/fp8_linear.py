@@ -15,6 +15,7 @@ import triton.language as tl
 from .arch import Arch, target
 from .linear import sum_parts_kernel
 from .operands import rows_of
+from .start import start
 from .tile import times_global
 
 WIDEST = 128
@@ -94,16 +95,18 @@ def fp8_linear(
     if out.numel() == 0:
         return out.view(*x.shape[:-1], n)
     tile = arch.tile(min(m, WIDEST), x.dtype)
-    tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
+    tiles = -(-m // tile.block_m), -(-n // tile.block_n)
     # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
-    splits = arch.splits(tiles[1], triton.cdiv(k, tile.block_k), tile) if tiles[0] == 1 else 1
+    splits = arch.splits(tiles[1], -(-k // tile.block_k), tile) if tiles[0] == 1 else 1
     parts = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
     bias = bias if bias is None else bias.contiguous()
     operands = (rows, weight, weight_scale, bias, parts, m, n, rows.stride(0), *weight.stride())
-    fp8_linear_kernel[(*tiles, splits)](*operands, K=k, SPLITS=splits, **tile.constants)
+    start(fp8_linear_kernel, (*tiles, splits), *operands, K=k, SPLITS=splits, **tile.constants)
     if splits > 1:
         block = 256
-        sum_parts_kernel[(m, triton.cdiv(n, block))](
+        start(
+            sum_parts_kernel,
+            (m, -(-n // block)),
             parts,
             weight_scale,
             bias,

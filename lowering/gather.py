@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .operands import Schedule
+from .start import start
 
 
 @triton.jit
@@ -33,7 +34,18 @@ def by_expert(x: torch.Tensor, plan: Schedule, choices: int = 1) -> torch.Tensor
     out = x.new_empty((m * choices, k))
     # As fast as a copy on an H200; smaller tiles take up to twice the time.
     few, block = 8, 512
-    rows_kernel[(triton.cdiv(m * choices, few), triton.cdiv(k, block))](
-        x, out, plan.order, plan.ends[-1:], choices, x.stride(0), K=k, ROWS=few, BLOCK=block, num_warps=8
+    start(
+        rows_kernel,
+        (-(-m * choices // few), -(-k // block)),
+        x,
+        out,
+        plan.order,
+        plan.ends[-1:],
+        choices,
+        x.stride(0),
+        K=k,
+        ROWS=few,
+        BLOCK=block,
+        num_warps=8,
     )
     return out

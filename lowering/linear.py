@@ -14,6 +14,7 @@ from .decode import decode_tile, scale_offset, to_dot_order, word_offset
 from .launches import FewRows, InParts, ManyRows
 from .operands import Weight, has_dot_order, launch_for, rows_of, words_of
 from .reference import NO_ACTIVATION
+from .start import start
 from .tile import activate, product_tile, times_global
 
 # From so many rows on, putting x into the dot order once costs less than picking its columns in every program.
@@ -193,14 +194,16 @@ def _in_tiles(
     """Any layout, any dtype, on every GPU."""
     m, k = rows.shape
     n = out.shape[1]
-    tiles = triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)
+    tiles = -(-m // tile.block_m), -(-n // tile.block_n)
     # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
-    splits = arch.splits(tiles[1], triton.cdiv(k, tile.block_k), tile) if tiles[0] == 1 else 1
+    splits = arch.splits(tiles[1], -(-k // tile.block_k), tile) if tiles[0] == 1 else 1
     in_dot_order = m >= REORDER_FROM and has_dot_order(rows, weight, asm=asm)
     if in_dot_order:
         rows = to_dot_order(rows)
     parts = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
-    linear_kernel[(*tiles, splits)](
+    start(
+        linear_kernel,
+        (*tiles, splits),
         rows,
         weight.words,
         weight.scale,
@@ -220,7 +223,9 @@ def _in_tiles(
     )
     if splits > 1:
         block = 256
-        sum_parts_kernel[(m, triton.cdiv(n, block))](
+        start(
+            sum_parts_kernel,
+            (m, -(-n // block)),
             parts,
             weight.global_scale,
             bias,
@@ -253,7 +258,9 @@ def linear_backward(
     out = grad.new_empty((m, k))
     if out.numel() and n:
         tile: Tile = arch.backward_tile(grad.dtype)
-        linear_backward_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(k, tile.block_k))](
+        start(
+            linear_backward_kernel,
+            (-(-m // tile.block_m), -(-k // tile.block_k)),
             rows,
             words_of(codes),
             scale,

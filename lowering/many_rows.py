@@ -15,8 +15,9 @@ order, the sums that the others have left in ``parts`` (exchange.py). It waits o
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -35,6 +36,7 @@ from .loader import load
 from .operands import Schedule, Weight, multiprocessors
 from .reference import NO_ACTIVATION
 from .sharing import rows_of_box, shares, stretch
+from .start import start
 from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, decode_units, let_next_begin
 
 
@@ -204,7 +206,7 @@ def linear(
 ) -> None:
     """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
-    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(out.shape[1], launch.block_n)
+    tiles = -(-m // launch.block_m) * -(-out.shape[1] // launch.block_n)
     programs = max(1, min(_programs(rows, launch), tiles * (k // UNIT_COLUMNS.value) // _FEWEST_UNITS))
     _product(rows, weight, bias, None, out, None, activation, launch, programs)
 
@@ -255,12 +257,12 @@ def _product(
         # The copy engine cannot read such rows; of rows that overlap, as expanded ones do, nobody says that it can.
         rows = rows.clone(memory_format=torch.contiguous_format)
     units, deep = launch.block_n // 16, launch.deep
-    product_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [rows_of_box(launch.block_m), UNIT_COLUMNS.value], _swizzled()),
-        TensorDescriptor.from_tensor(weight.words.view(-1, k * 2), [units, deep * UNIT_WORDS.value], _straight(32)),
-        TensorDescriptor.from_tensor(
-            weight.scale_pairs.view(-1, k // 2), [units, deep * UNIT_SCALES.value], _straight(16)
-        ),
+    start(
+        product_kernel,
+        (programs,),
+        _Boxes(rows, [_rows_of_box(launch.block_m), UNIT_COLUMNS.value], _swizzled()),
+        _Boxes(weight.words.view(-1, k * 2), [units, deep * UNIT_WORDS.value], _straight(32)),
+        _Boxes(weight.scale_pairs.view(-1, k // 2), [units, deep * UNIT_SCALES.value], _straight(16)),
         weight.global_scale,
         bias,
         routing,
@@ -285,9 +287,28 @@ def _programs(like: torch.Tensor, launch: ManyRows) -> int:
     return multiprocessors(like.device) * launch.resident
 
 
+class _Boxes(TensorDescriptor):
+    """A tensor as the copy engine reads it, in boxes.
+
+    Whether it can, Triton asks of each descriptor at each launch, as long as half of the rest of it takes on the host.
+    Of a weight `Weight.aligned` says so, and rows that are not fit were copied.
+    """
+
+    def __init__(self, tensor: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> None:
+        super().__init__(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
+
+    def __post_init__(self) -> None:
+        pass
+
+
+_rows_of_box = cache(rows_of_box)  # on the host the call of a function for kernels takes 2 us
+
+
+@cache
 def _swizzled() -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
+@cache
 def _straight(bits: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)

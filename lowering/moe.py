@@ -23,6 +23,7 @@ from .launches import FewRows, ManyRows
 from .operands import Schedule, Weight, has_dot_order, launch_for, rows_of
 from .reference import NO_ACTIVATION, expert_of_row
 from .schedule import schedule
+from .start import start
 from .tile import activate, product_tile, times_global
 
 # The second products of all slots before their sum. More tokens run in parts, each of which reads the weights again.
@@ -208,7 +209,7 @@ def experts(
         return out.zero_()
     rows = rows_of(x)
     step = max(1, _WORKSPACE_BYTES // (choices * max(1, out.shape[1]) * torch.float32.itemsize))
-    for part in (slice(start, start + step) for start in range(0, tokens, step)):
+    for part in (slice(first, first + step) for first in range(0, tokens, step)):
         _experts_of(arch, rows[part], ids[part], weights[part], up, down, out[part], activation, asm)
     return out
 
@@ -250,7 +251,9 @@ def _experts_of(
         _product(plan, launch, _rows_for(plan, x, choices, ordered), up, None, rows, activation, asm)
         _product(plan, launch, rows, down, routing, Rows(slots), NO_ACTIVATION, asm)
     block = 512
-    sum_slots_kernel[(x.shape[0], triton.cdiv(columns, block))](
+    start(
+        sum_slots_kernel,
+        (x.shape[0], -(-columns // block)),
         slots,
         flat,
         out,
@@ -283,7 +286,9 @@ def _product(
 ) -> None:
     n, k = weight.codes.shape[1], weight.codes.shape[2] * 2
     columns = out.tensor.shape[1]
-    expert_product_kernel[(plan.blocks, triton.cdiv(columns, tile.block_n))](
+    start(
+        expert_product_kernel,
+        (plan.blocks, -(-columns // tile.block_n)),
         x.tensor,
         weight.words,
         weight.scale,

@@ -73,11 +73,11 @@ def launch_for(
 ) -> FewRows | ManyRows | InParts | Tile:
     """What a product of ``rows`` rows (an expert's) of x's dtype and device runs with."""
     n, k = weight.codes.shape[-2], weight.codes.shape[-1] * 2
-    tile = arch.tile(rows, x.dtype, experts=experts, columns=n)
-    if not (asm and x.is_cuda):
-        return tile
-    launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
-    return tile if isinstance(launch, ManyRows | InParts) and not weight.aligned else launch
+    if asm and x.is_cuda:
+        launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
+        if weight.aligned or not isinstance(launch, ManyRows | InParts):
+            return launch
+    return arch.tile(rows, x.dtype, experts=experts, columns=n)
 
 
 @cache

@@ -20,6 +20,7 @@ Every op raises ArgumentError for operands that do not fit.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -53,18 +54,20 @@ OPS = tuple(_SCHEMAS)
 """Names of the ops in the namespace ``fp4pass``."""
 
 
+_CHECKS = {
+    "linear": checks.check_linear,
+    "linear_backward": checks.check_linear_backward,
+    "gathered_linear": checks.check_gathered,
+    "grouped_linear": checks.check_grouped,
+}
+
+
 def _check(op: str, args: tuple[Any, ...]) -> None:
     if op == "experts":
         x, ids, weights, *rest, activation, layout = args
         checks.check_experts(op, x, ids, weights, tuple(rest[:3]), tuple(rest[3:]), activation, layout)
         return
-    check = {
-        "linear": checks.check_linear,
-        "linear_backward": checks.check_linear_backward,
-        "gathered_linear": checks.check_gathered,
-        "grouped_linear": checks.check_grouped,
-    }[op]
-    check(op, *args)
+    _CHECKS[op](op, *args)
 
 
 def _fake(op: str, args: tuple[Any, ...]) -> torch.Tensor:
@@ -104,6 +107,7 @@ def _dequantize(
     return reference.dequantize(codes, scale, global_scale, wide, layout).to(dtype)
 
 
+@cache
 def kernels(op: str) -> ModuleType:
     """The module with the launch function of ``op``. Raises VersionError where Triton is missing."""
     # Imported on the first call that needs it: everything else works without Triton.

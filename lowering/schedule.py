@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .arch import rows_of_expert
 from .operands import Schedule
+from .start import start
 
 # Up to here one program sorts faster than a second kernel starts.
 _MOST_SLOTS_OF_ONE_PROGRAM = 256
@@ -160,31 +161,48 @@ def schedule(ids: torch.Tensor, experts: int, block_m: int) -> Schedule:
     # An expert's first block needs one slot, every further one block_m more.
     nonempty = min(count, experts)
     blocks = nonempty + (count - nonempty) // block_m
-    parts = triton.cdiv(count, _PART)
-    sizes = {"ends": experts, "block_ends": experts, "experts": blocks, "order": count}
-    plan = {name: torch.empty(size, dtype=torch.int32, device=ids.device) for name, size in sizes.items()}
+    parts = -(-count // _PART)
+    sizes = experts, experts, blocks, count
+    plan = tuple(torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes)
+    ends, block_ends, of_block, order = plan
     earlier = torch.empty(parts, experts, dtype=torch.int32, device=ids.device) if parts > 1 else None
-    padded = max(16, triton.next_power_of_2(experts))
-    both = {"E": experts, "E_PADDED": padded, "SLOTS": _SLOTS_A_PROGRAM}
+    padded = max(16, 1 << (experts - 1).bit_length())
+    both = {"E_PADDED": padded, "SLOTS": _SLOTS_A_PROGRAM}
     if earlier is not None:
-        parts_kernel[(parts,)](ids, earlier, count, experts, PART=_PART, E_PADDED=padded, CHUNK=1024, num_warps=8)
+        start(
+            parts_kernel, (parts,), ids, earlier, count, experts, PART=_PART, E_PADDED=padded, CHUNK=1024, num_warps=8
+        )
     alone = count <= _MOST_SLOTS_OF_ONE_PROGRAM
-    ends_kernel[(1,)](
+    start(
+        ends_kernel,
+        (1,),
         ids,
         earlier,
-        **plan,
-        **both,
-        S=count,
-        BLOCKS=blocks,
-        PARTS=parts,
-        BLOCK_M=block_m,
+        *plan,
+        count,
+        experts,
+        blocks,
+        parts,
+        block_m,
         CHUNK=_MOST_SLOTS_OF_ONE_PROGRAM if alone else 1024,
         FEW=max(1, 8192 // padded),
         ALONE=alone,
         num_warps=8,
+        **both,
     )
     if not alone:
-        order_kernel[(triton.cdiv(count, _SLOTS_A_PROGRAM),)](
-            ids, earlier, **plan, **both, S=count, BLOCKS=blocks, PART=_PART, CHUNK=256, num_warps=4
+        start(
+            order_kernel,
+            (-(-count // _SLOTS_A_PROGRAM),),
+            ids,
+            earlier,
+            *plan,
+            count,
+            experts,
+            blocks,
+            PART=_PART,
+            CHUNK=256,
+            num_warps=4,
+            **both,
         )
-    return Schedule(blocks, plan["experts"], plan["order"], plan["ends"], plan["block_ends"])
+    return Schedule(blocks, of_block, order, ends, block_ends)

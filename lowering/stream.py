@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .start import start
+
 WORDS_A_PROGRAM = (1024, 2048, 4096)
 """Sizes of a program's share worth trying; which is best depends on the size of the weight."""
 
@@ -34,10 +36,10 @@ def stream(codes: torch.Tensor, scale: torch.Tensor, matrices: torch.Tensor, wor
     integer ``[A]``, ids below E. Returns sums of 32-bit words, int32 ``[A, programs]``, wrapped around.
     """
     words, scales = (tensor.flatten(1).view(torch.int32) for tensor in (codes, scale))
-    shares = triton.cdiv(words.shape[1], words_a_program)
+    shares = -(-words.shape[1] // words_a_program)
     out = torch.empty((matrices.shape[0], shares), dtype=torch.int32, device=codes.device)
     with torch.cuda.device_of(codes):
-        stream_kernel[(shares, matrices.shape[0])](
-            words, scales, matrices, out, words.shape[1], scales.shape[1], BLOCK=words_a_program, num_warps=4
-        )
+        sizes = words.shape[1], scales.shape[1]
+        grid = shares, matrices.shape[0]
+        start(stream_kernel, grid, words, scales, matrices, out, *sizes, BLOCK=words_a_program, num_warps=4)
     return out
