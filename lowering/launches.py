@@ -256,7 +256,8 @@ _MOST_IN_HALVES = 3072
 # How many rows beyond full tiles have a launch of their own, as was fastest on an H200: of a weight with many tiles, or
 # where there are many such rows of tiles before; of one with fewer. Low and high weights lose by it.
 _MOST_LEFT_OVER, _FEWER_LEFT_OVER, _MANY_TILES = 64, 16, 16
-# Up to so many rows of a weight two rows of its tiles run at once.
+# Up to so many rows of a weight two rows of its tiles run at once, which is as fast as one and the rest, but not where
+# K is long.
 _MOST_FOR_TWO = 8448
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
@@ -293,7 +294,9 @@ def _taken(table: Launches, rows: int, depth: int) -> FewRows | ManyRows | None:
 def _most_left_over(tiles: int, columns: int, depth: int) -> int:
     """How many rows of x after so many full middle tiles have a launch of their own."""
     # Alone they have one anyway; after an odd number of tiles, half of a largest one takes them.
-    if tiles == 0 or (tiles == 1 and columns <= _MOST_FOR_TWO) or (tiles > 1 and tiles % 2):
+    if tiles == 0 or (tiles > 1 and tiles % 2):
+        return 0
+    if tiles == 1 and columns <= _MOST_FOR_TWO and not (_is_wide(columns, depth) and depth >= _LEAST_LONG):
         return 0
     if _is_wide(columns, depth):
         many = depth >= _LEAST_USUAL or columns >= _LEAST_HUGE or tiles >= _MANY_TILES
