@@ -256,8 +256,8 @@ _MOST_IN_HALVES = 3072
 # How many rows beyond full tiles have a launch of their own, as was fastest on an H200: of a weight with many tiles, or
 # where there are many such rows of tiles before; of one with fewer. Low and high weights lose by it.
 _MOST_LEFT_OVER, _FEWER_LEFT_OVER, _MANY_TILES = 64, 16, 16
-# Up to so many rows of a weight two rows of its tiles run at once, which is as fast as one and the rest, but not where
-# K is long.
+# Up to so many rows of a weight two rows of its tiles run at once, which is as fast as one and the rest, unless K is
+# long and the rest is little.
 _MOST_FOR_TWO = 8448
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
@@ -296,12 +296,12 @@ def _most_left_over(tiles: int, columns: int, depth: int) -> int:
     # Alone they have one anyway; after an odd number of tiles, half of a largest one takes them.
     if tiles == 0 or (tiles > 1 and tiles % 2):
         return 0
-    if tiles == 1 and columns <= _MOST_FOR_TWO and not (_is_wide(columns, depth) and depth >= _LEAST_LONG):
-        return 0
-    if _is_wide(columns, depth):
-        many = depth >= _LEAST_USUAL or columns >= _LEAST_HUGE or tiles >= _MANY_TILES
-        return _MOST_LEFT_OVER if many else _FEWER_LEFT_OVER
-    return _FEWER_LEFT_OVER if _LEAST_MEDIUM <= columns < _LEAST_HIGH else 0
+    wide, two_at_once = _is_wide(columns, depth), tiles == 1 and columns <= _MOST_FOR_TWO
+    if two_at_once:
+        return _FEWER_LEFT_OVER if wide and depth >= _LEAST_LONG else 0
+    if wide and (depth >= _LEAST_USUAL or columns >= _LEAST_HUGE or tiles >= _MANY_TILES):
+        return _MOST_LEFT_OVER
+    return _FEWER_LEFT_OVER if wide or _LEAST_MEDIUM <= columns < _LEAST_HIGH else 0
 
 
 def launches(*, wgmma: bool) -> Iterator[tuple[bool, FewRows | ManyRows]]:
