@@ -290,8 +290,8 @@ def _programs(like: torch.Tensor, launch: ManyRows) -> int:
 class _Boxes(TensorDescriptor):
     """A tensor as the copy engine reads it, in boxes.
 
-    Triton would ask of each at each launch whether it can, for a quarter of the time that the rest takes on the host. Of
-    a weight `Weight.aligned` says so, and rows that are not fit were copied.
+    Triton would ask of each at each launch whether it can, for a quarter of the time that the rest takes on the host.
+    Of a weight `Weight.aligned` says so, and rows that are not fit were copied.
     """
 
     def __init__(self, tensor: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> None:
