@@ -295,7 +295,7 @@ class _Boxes(TensorDescriptor):
     """
 
     def __init__(self, tensor: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> None:
-        super().__init__(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
+        super().__init__(tensor, tensor.shape, tensor.stride(), box, layout)
 
     def __post_init__(self) -> None:
         pass

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp4pass.lowering import arch, exchange
+from fp4pass.lowering import arch, exchange, many_rows
 from fp4pass.lowering.launches import ManyRows, launches
 
 from . import gluon_compiling as compiling
@@ -158,3 +158,13 @@ def test_rows_are_gathered_16_bytes_at_a_time():
     compiling.assert_fits(HOPPER, kernel)
     code = compiling.operations(kernel)
     assert compiling.places(code, "LDG.E.128") and compiling.places(code, "STG.E.128")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.bfloat16, many_rows._swizzled()), (torch.int32, many_rows._straight(32))], ids=str
+)
+def test_boxes_are_described_as_triton_describes_them(dtype, layout):
+    tensor, box = torch.zeros(24, 128, dtype=dtype)[:, :64], [8, 64]
+    ours, theirs = many_rows._Boxes(tensor, box, layout), many_rows.TensorDescriptor.from_tensor(tensor, box, layout)
+    assert vars(ours).pop("base") is vars(theirs).pop("base")
+    assert vars(ours) == vars(theirs)
