@@ -75,7 +75,7 @@ def launch_for(
     n, k = weight.codes.shape[-2], weight.codes.shape[-1] * 2
     if asm and x.is_cuda:
         launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
-        if weight.aligned or not isinstance(launch, ManyRows | InParts):
+        if not isinstance(launch, ManyRows | InParts) or weight.aligned:
             return launch
     return arch.tile(rows, x.dtype, experts=experts, columns=n)
 

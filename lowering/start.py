@@ -1,4 +1,4 @@
-"""Launches of kernels without Triton's search for the compiled one, which takes the host longer than most of them run.
+"""Launches of kernels without Triton's search for the compiled one, which takes the host longer than many of them run.
 
 ``kernel[grid](...)`` describes its arguments in strings to find what it compiled for such, and compares every global
 that the kernel uses. A compiled kernel itself, ``compiled[grid](...)``, does neither. So the first launch of a kind is

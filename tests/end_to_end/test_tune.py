@@ -36,12 +36,22 @@ def twin(monkeypatch):
 
 def test_launches_are_written_as_in_the_tables():
     assert tune.parse_launch("FewRows(8, 8, 16, slots=4, early=True)") == FewRows(8, 8, 16, slots=4, early=True)
-    assert tune.parse_launch(repr(WRONG)) == WRONG
+    for launch in (WRONG, InParts(128, WRONG, FewRows(8, 8, 8, slots=4))):
+        assert tune.parse_launch(repr(launch)) == launch
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "ManyRows", "ManyRows(16)", "ManyRows(16, 6, rom=2)", "Tile(8, 8)", "FewRows(open('x'), 8, 8)", "a.b()"],
+    [
+        "",
+        "ManyRows",
+        "ManyRows(16)",
+        "ManyRows(16, 6, rom=2)",
+        "Tile(8, 8)",
+        "FewRows(open('x'), 8, 8)",
+        "InParts(128, ManyRows(16, 6), Tile(8, 8))",
+        "a.b()",
+    ],
 )
 def test_what_is_no_launch_is_refused(text):
     with pytest.raises(OptionError, match="this is no launch"):

@@ -20,7 +20,7 @@ class Compiled:
 
 
 class Kernel(JITFunction):
-    """One of ``kernel(x, count, bias, K, num_parts)`` that compiles at every call."""
+    """One of ``kernel(x, count, bias, K, PARTS)`` that compiles at every call."""
 
     def __init__(self):
         self.fn, self.found = object(), []
