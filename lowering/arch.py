@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 from fp4pass.errors import DeviceError
 
-from .launches import ANY, LEAST_WIDE, FewRows, InParts, ManyRows, launch
+from . import heuristics_sm80, heuristics_sm90
+from .heuristics_sm90 import LEAST_WIDE
+from .launches import ANY, InParts, Launch
 from .layout import FRAGMENTS
 
 FIRST_SM, FIRST_NATIVE_SM = 80, 100
@@ -100,17 +102,28 @@ class Arch:
 
     def launch(
         self, rows: int, dtype: torch.dtype, layout: str, *, columns: int, depth: int, experts: bool = False
-    ) -> FewRows | ManyRows | InParts | Tile:
+    ) -> Launch | InParts | Tile:
         """What a product over K runs with on a GPU: ``rows`` of x, a weight ``[N, K]``.
 
-        For ``experts`` these are the rows to expect of one, see `rows_of_expert`.
-        Which it is says which kernel: see few_rows.py, many_rows.py, and linear.py or moe.py for tiles.
+        For ``experts`` these are the rows to expect of one, see `rows_of_expert`. Which it is says which kernel: see
+        few_rows.py, many_rows.py, mma_rows.py, and linear.py or moe.py for tiles.
         """
+        found = None
         if layout == FRAGMENTS and dtype != torch.float32:
-            found = launch(rows, columns, depth, experts=experts, wgmma=self.wgmma)
-            if found is not None:
-                return found
+            if self.wgmma:
+                found = heuristics_sm90.launch(rows, columns, depth, experts=experts)
+            else:
+                size = {"experts": experts, "multiprocessors": self.multiprocessors}
+                found = heuristics_sm80.launch(rows, columns, depth, **size)
+        if found is not None:
+            return found
         return self.tile(rows, dtype, experts=experts, columns=columns)
+
+    def launches(self) -> Iterator[tuple[bool, Launch]]:
+        """Every launch that `launch` picks from, once: (of experts, launch)."""
+        dense, of_experts = (heuristics_sm90 if self.wgmma else heuristics_sm80).tables()
+        tables = [(False, table) for table in dense] + [(True, of_experts)]
+        yield from sorted({(experts, found) for experts, table in tables for _, found in table}, key=str)
 
     def backward_tile(self, dtype: torch.dtype) -> Tile:
         """The tile of a product over N."""
@@ -146,12 +159,14 @@ ARCHS = {
 
 
 def target(device: torch.device | int) -> Arch:
-    """The generation of a CUDA device, or of an SM number such as 90.
+    """The generation of a CUDA device, with its own number of multiprocessors, or of an SM number such as 90.
 
     An SM between two known ones (87, say) gets the settings of the one below. Raises DeviceError below SM80, from SM100
     on (native FP4), and for a device that is no GPU.
     """
-    sm = device if isinstance(device, int) else _sm_of(device)
+    if not isinstance(device, int):
+        return _of_index(_index(device))
+    sm = device
     if sm < FIRST_SM:
         raise DeviceError(
             "the kernels do not run on this GPU: it is below SM80",
@@ -169,7 +184,12 @@ def target(device: torch.device | int) -> Arch:
     return ARCHS[max(known for known in ARCHS if known <= sm)]
 
 
-def _sm_of(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many a CUDA device has."""
+    return target(device).multiprocessors
+
+
+def _index(device: torch.device) -> int:
     if device.type != "cuda":
         raise DeviceError(
             "the kernels need a CUDA device",
@@ -177,10 +197,15 @@ def _sm_of(device: torch.device) -> int:
             expected="operands on a CUDA device",
             do="move them there, or call torch.ops.fp4pass.*, which has an implementation for the CPU",
         )
-    return _sm_of_index(torch.cuda.current_device() if device.index is None else device.index)
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
+def _of_index(index: int) -> Arch:
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return replace(target(_sm_of_index(index)), multiprocessors=count)
+
+
 def _sm_of_index(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor

@@ -19,10 +19,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from .arch import multiprocessors
 from .decode import undo_factor
 from .launches import FewRows
 from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout, steps_along
-from .operands import Schedule, Weight, multiprocessors
+from .operands import Schedule, Weight
 from .start import start
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
 
@@ -299,7 +300,7 @@ def linear(
     """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
     n = out.shape[1]
-    rows = _readable(rows)
+    rows = readable(rows)
     constants = launch.constants
     high = max(1, min(launch.high, n // (16 * launch.across)))
     tiles = -(-(n // 16) // (launch.across * high)), -(-m // launch.block_m)
@@ -343,7 +344,7 @@ def expert_product(
     chained: 1 or 2 for the first or second of two products that follow each other (SM90).
     """
     n = out.shape[1]
-    rows = _readable(rows)
+    rows = readable(rows)
     start(
         experts_kernel,
         (-(-(n // 16) // launch.across), plan.blocks),
@@ -370,7 +371,7 @@ def expert_product(
     )
 
 
-def _readable(rows: torch.Tensor) -> torch.Tensor:
+def readable(rows: torch.Tensor) -> torch.Tensor:
     """``rows``, or a copy where Triton could not tell that each begins at a multiple of 16 bytes, as copies need."""
     if rows.stride(0) % 16 or rows.data_ptr() % 16:
         return rows.clone(memory_format=torch.contiguous_format)

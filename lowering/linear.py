@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import few_rows, many_rows
+from . import few_rows, many_rows, mma_rows
 from .arch import Arch, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
-from .launches import FewRows, InParts, ManyRows
+from .launches import FewRows, InParts, ManyRows, MmaRows
 from .operands import Weight, has_dot_order, launch_for, rows_of, words_of
 from .reference import NO_ACTIVATION
 from .start import start
@@ -175,9 +175,9 @@ def _in_fragments(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     activation: str,
-    launch: FewRows | ManyRows,
+    launch: FewRows | ManyRows | MmaRows,
 ) -> None:
-    kernel = few_rows if isinstance(launch, FewRows) else many_rows
+    kernel = {FewRows: few_rows, ManyRows: many_rows, MmaRows: mma_rows}[type(launch)]
     kernel.linear(rows, weight, bias, out, activation, launch)
 
 

@@ -28,12 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .arch import multiprocessors
 from .epilogue import GROUP_ROWS, finish, meet, place_to_meet, shared_factor, sums_layout
 from .exchange import collect, leave, places
 from .gather import by_expert
 from .launches import ManyRows
 from .loader import load
-from .operands import Schedule, Weight, multiprocessors
+from .operands import Schedule, Weight
 from .reference import NO_ACTIVATION
 from .sharing import rows_of_box, shares, stretch
 from .start import start

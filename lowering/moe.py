@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import few_rows, many_rows
+from . import few_rows, many_rows, mma_rows
 from .arch import Arch, Tile, rows_of_expert, target
 from .decode import natural_position, to_dot_order
-from .launches import FewRows, ManyRows
+from .launches import FewRows, ManyRows, MmaRows
 from .operands import Schedule, Weight, has_dot_order, launch_for, rows_of
 from .reference import NO_ACTIVATION, expert_of_row
 from .schedule import schedule
@@ -151,6 +151,8 @@ def gathered_linear(
     plan = schedule(ids, weight.count, launch.block_m)
     if isinstance(launch, FewRows):
         few_rows.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
+    elif isinstance(launch, MmaRows):
+        mma_rows.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
     elif isinstance(launch, ManyRows):
         many_rows.gathered(plan, rows, weight, out, launch)
     else:
@@ -242,6 +244,10 @@ def _experts_of(
         chained = (1, 2) if dependent else (0, 0)
         few_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch, chained[0])
         few_rows.expert_product(plan, hidden, 1, down, routing, slots, NO_ACTIVATION, launch, chained[1])
+    elif isinstance(launch, MmaRows):
+        hidden = x.new_empty((flat.shape[0], inner))
+        mma_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch)
+        mma_rows.expert_product(plan, hidden, 1, down, routing, slots, NO_ACTIVATION, launch)
     elif isinstance(launch, ManyRows):
         many_rows.experts(plan, x, choices, up, down, routing, slots, activation, launch)
     else:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from fp4pass.errors import ArgumentError
 
 from .arch import Arch, Tile
-from .launches import FewRows, InParts, ManyRows
+from .launches import InParts, Launch, ManyRows
 from .layout import FRAGMENTS
 
 
@@ -70,7 +69,7 @@ class Schedule:
 
 def launch_for(
     arch: Arch, rows: int, x: torch.Tensor, weight: Weight, *, asm: bool, experts: bool = False
-) -> FewRows | ManyRows | InParts | Tile:
+) -> Launch | InParts | Tile:
     """What a product of ``rows`` rows (an expert's) of x's dtype and device runs with."""
     n, k = weight.codes.shape[-2], weight.codes.shape[-1] * 2
     if asm and x.is_cuda:
@@ -78,12 +77,6 @@ def launch_for(
         if not isinstance(launch, ManyRows | InParts) or weight.aligned:
             return launch
     return arch.tile(rows, x.dtype, experts=experts, columns=n)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a CUDA device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def has_dot_order(x: torch.Tensor, weight: Weight, *, asm: bool) -> bool:

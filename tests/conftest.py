@@ -28,6 +28,18 @@ TINY = {
 }
 
 
+def pytest_addoption(parser):
+    """``--as-sm 80``: GPU tests of the kernels that a GPU of SM80 would get."""
+    parser.addoption("--as-sm", type=int, help="run the kernels of an older GPU generation on this GPU")
+
+
+def pytest_configure(config):
+    if sm := config.getoption("--as-sm"):
+        from fp4pass.bench.older import act_as
+
+        act_as(sm)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers():
     """Random numbers of a test do not depend on the tests before it."""

@@ -1,7 +1,8 @@
-"""Launches of one linear layer beside each other, for whoever chooses them in lowering/launches.py.
+"""Launches of one linear layer beside each other, for whoever chooses them in lowering/heuristics_*.py.
 
     python -m fp4pass.bench.tune "nano.out_proj 8 16 | ManyRows(16, 6, room=2)" "256x2688 64 | ..." ...
     python -m fp4pass.bench.tune @FILE     # such lines
+    python -m fp4pass.bench.tune --as-sm 80 "nano.out_proj 512 | MmaRows(64) | MmaRows(128)"     # see older.py
 
 Speed alone chooses nothing: a launch may be wrong at some shapes and right at others, or never end. So each is first
 held against float64, in a process of its own and among memory full of NaN; what fails there is not timed.
@@ -29,11 +30,11 @@ from fp4pass.bench.clock import copies, microseconds, relative_error, roofline
 from fp4pass.bench.command import gpu, machine
 from fp4pass.bench.table import header
 from fp4pass.errors import Fp4passError, OptionError
-from fp4pass.lowering.arch import Arch, target
-from fp4pass.lowering.launches import FewRows, InParts, ManyRows, launch
+from fp4pass.lowering.arch import Arch, Tile, target
+from fp4pass.lowering.launches import FewRows, InParts, ManyRows, MmaRows
 from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
 
-Launch = FewRows | ManyRows | InParts
+Launch = FewRows | ManyRows | MmaRows | InParts | Tile
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 WITHIN = 0.002
@@ -55,20 +56,20 @@ class _Only(Arch):
 
 
 def parse_launch(text: str) -> Launch:
-    """``FewRows(8, 8, 16, slots=4)`` and the like, as launches.py has them. Raises OptionError for anything else."""
+    """``FewRows(8, 8, 16, slots=4)`` and the like, as the tables have them. Raises OptionError for anything else."""
     try:
         return _built(ast.parse(text, mode="eval").body)
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise OptionError(
             "this is no launch",
             seen=f"{text} ({type(error).__name__}: {error})",
-            expected="FewRows(...), ManyRows(...) or InParts(...) with numbers, as in lowering/launches.py",
+            expected="FewRows(...), ManyRows(...), MmaRows(...), Tile(...) or InParts(...), as their classes have it",
             do='write it as there, in quotes: "ManyRows(16, 6, room=2, across=1, split=2)"',
         ) from error
 
 
 def _built(call: ast.expr) -> Launch:
-    kind = {each.__name__: each for each in (FewRows, ManyRows, InParts)}[call.func.id]
+    kind = {each.__name__: each for each in (FewRows, ManyRows, MmaRows, InParts, Tile)}[call.func.id]
     return kind(*map(_value, call.args), **{each.arg: _value(each.value) for each in call.keywords})
 
 
@@ -141,14 +142,25 @@ def _try(task: Task) -> str:
         return first[:180]
 
 
-def checked(tasks: Sequence[Task]) -> Iterator[str]:
-    """The `faults` of each, in order. Several processes work them out: what takes one of them down spares the rest."""
-    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
+def checked(tasks: Sequence[Task], sm: int | None = None) -> Iterator[str]:
+    """The `faults` of each, in order; as on a GPU of ``sm``, if one is given.
+
+    Several processes work them out: what takes one of them down spares the rest.
+    """
+    count = max(1, (os.cpu_count() or 2) - 1)
+    with multiprocessing.get_context("spawn").Pool(count, _act_as, (sm,)) as pool:
         for running in [pool.apply_async(_try, (task,)) for task in tasks]:
             try:
                 yield running.get(timeout=_SECONDS)
             except multiprocessing.TimeoutError:
                 yield f"not done after {_SECONDS} s"
+
+
+def _act_as(sm: int | None) -> None:
+    if sm:
+        from fp4pass.bench.older import act_as  # needs Triton
+
+        act_as(sm)
 
 
 @dataclass(frozen=True)
@@ -175,17 +187,19 @@ def parse_trials(line: str) -> list[Trial]:
     return [Trial(case, int(count), launches) for count in tokens]
 
 
-def compare(trials: Sequence[Trial], device: torch.device) -> Iterator[str]:
+def compare(trials: Sequence[Trial], device: torch.device, sm: int | None = None) -> Iterator[str]:
     """A line for each trial with BF16's time, and one for each launch: the tables' first."""
-    wgmma = target(device).wgmma
+    bf16_product = product
+    if sm:
+        from fp4pass.bench.older import bf16_product
     tasks: dict[Trial, list[Task]] = {}
     for trial in trials:
         case = trial.case
-        taken = launch(trial.tokens, case.n, case.k, experts=False, wgmma=wgmma)
-        all_of_it = [each for each in dict.fromkeys((taken, *trial.tried)) if each is not None]
-        tasks[trial] = [(each, case.n, case.k, trial.tokens, device) for each in all_of_it]
+        taken = target(device).launch(trial.tokens, torch.bfloat16, FRAGMENTS, columns=case.n, depth=case.k)
+        every = dict.fromkeys((taken, *trial.tried))
+        tasks[trial] = [(each, case.n, case.k, trial.tokens, device) for each in every]
     every = list(dict.fromkeys(itertools.chain.from_iterable(tasks.values())))
-    wrong = dict(zip(every, checked(every), strict=True))
+    wrong = dict(zip(every, checked(every, sm), strict=True))
     for case, same in itertools.groupby(tasks, lambda trial: trial.case):
         made = (nvfp4.quantize(torch.randn(case.n, case.k, device=device)) for _ in range(copies(case.weight_bytes())))
         weights = [_in_fragments(*each) for each in made]
@@ -194,7 +208,7 @@ def compare(trials: Sequence[Trial], device: torch.device) -> Iterator[str]:
         for trial in same:
             count = trial.tokens
             x, least = torch.randn(count, case.k, device=device, dtype=torch.bfloat16), roofline(*case.cost(count))
-            bf16 = microseconds([functools.partial(product, x, each) for each in dense], device, least)
+            bf16 = microseconds([functools.partial(bf16_product, x, each) for each in dense], device, least)
             yield f"{case.name} {case.shape}, {count} tokens: BF16 {bf16:.2f} us, roofline {least:.2f}"
             for task in tasks[trial]:
                 if fault := wrong[task]:
@@ -217,15 +231,18 @@ def main(given: Sequence[str] | None = None) -> int:
         metavar="TRIAL",
         help="'SHAPE TOKENS ... | LAUNCH | LAUNCH ...', with SHAPE a name or NxK; @FILE: a line for each",
     )
-    lines = filter(str.strip, parser.parse_args(given).trials)
+    parser.add_argument("--as-sm", type=int, metavar="SM", help="the kernels of an older generation, on this GPU")
+    arguments = parser.parse_args(given)
+    lines = filter(str.strip, arguments.trials)
     try:
         trials = list(itertools.chain.from_iterable(map(parse_trials, lines)))
         device = gpu()
+        _act_as(arguments.as_sm)
     except Fp4passError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{header(machine(device))}\nmicroseconds, time of BF16 over it; the first launch is what the tables have")
-    for line in compare(trials, device):
+    for line in compare(trials, device, arguments.as_sm):
         print(line, flush=True)
     return 0
 

@@ -14,7 +14,7 @@ from fp4pass.bench.cases import DENSE
 from fp4pass.errors import OptionError
 from fp4pass.lowering import reference
 from fp4pass.lowering.arch import ARCHS
-from fp4pass.lowering.launches import FewRows, InParts, ManyRows
+from fp4pass.lowering.launches import FewRows, InParts, ManyRows, MmaRows
 from fp4pass.lowering.layout import FRAGMENTS
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def twin(monkeypatch):
 
 def test_launches_are_written_as_in_the_tables():
     assert tune.parse_launch("FewRows(8, 8, 16, slots=4, early=True)") == FewRows(8, 8, 16, slots=4, early=True)
-    for launch in (WRONG, InParts(128, WRONG, FewRows(8, 8, 8, slots=4))):
+    for launch in (WRONG, MmaRows(64), InParts(128, WRONG, FewRows(8, 8, 8, slots=4))):
         assert tune.parse_launch(repr(launch)) == launch
 
 
@@ -48,6 +48,7 @@ def test_launches_are_written_as_in_the_tables():
         "ManyRows(16)",
         "ManyRows(16, 6, rom=2)",
         "Tile(8, 8)",
+        "dict(a=1)",
         "FewRows(open('x'), 8, 8)",
         "InParts(128, ManyRows(16, 6), Tile(8, 8))",
         "a.b()",
@@ -79,7 +80,7 @@ def test_a_trial_is_a_shape_its_tokens_and_launches():
 def test_trials_are_read_from_a_file_too(tmp_path, capsys, monkeypatch):
     (tmp_path / "trials").write_text(f"256x192 4 | {RIGHT!r}\n\n64x192 4 8\n", encoding="utf-8")
     monkeypatch.setattr(tune, "gpu", lambda: CPU)
-    monkeypatch.setattr(tune, "compare", lambda trials, device: [f"{t.case.name} {t.tokens}" for t in trials])
+    monkeypatch.setattr(tune, "compare", lambda trials, device, sm: [f"{t.case.name} {t.tokens}" for t in trials])
     assert tune.main([f"@{tmp_path / 'trials'}", "64x256 2"]) == 0
     assert capsys.readouterr().out.splitlines()[-4:] == ["256x192 4", "64x192 4", "64x192 8", "64x256 2"]
 
@@ -107,11 +108,11 @@ def test_what_raises_is_said_in_a_line():
 def test_only_what_is_right_is_timed(twin, monkeypatch):
     monkeypatch.setattr(tune, "copies", lambda size: 1)
     monkeypatch.setattr(tune, "target", lambda device: ARCHS[90])
-    monkeypatch.setattr(tune, "checked", lambda tasks: map(tune._try, tasks))
+    monkeypatch.setattr(tune, "checked", lambda tasks, sm: map(tune._try, tasks))
     trials = tune.parse_trials(f"256x192 4 | {RIGHT!r} | {WRONG!r}")
     heading, ours, right, wrong = tune.compare(trials, CPU)
     assert heading.startswith("256x192 256 x 192, 4 tokens: BF16 ")
-    taken = tune.launch(4, 256, 192, experts=False, wgmma=True)
+    taken = ARCHS[90].launch(4, torch.bfloat16, FRAGMENTS, columns=256, depth=192)
     for line, each in ((ours, taken), (right, RIGHT)):
         time, ratio, rest = line.split(maxsplit=2)
         assert float(time) > 0 and float(ratio) >= 0 and rest == repr(each)

@@ -1,4 +1,4 @@
-"""Compiles the kernels of few_rows.py, many_rows.py and gather.py for any GPU generation on a machine without one."""
+"""Compiles the kernels of few_rows.py, many_rows.py, mma_rows.py and gather.py for any GPU, on a machine without."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fp4pass.lowering import few_rows, gather, many_rows, sharing
+from fp4pass.lowering import few_rows, gather, many_rows, mma_rows, sharing
 from fp4pass.lowering.arch import Arch, Tile
-from fp4pass.lowering.launches import FewRows, ManyRows
+from fp4pass.lowering.launches import FewRows, Launch, ManyRows, MmaRows
 
 from .compiling import compile_kernel, machine_code
 
@@ -24,9 +24,7 @@ _MULTIPLES_OF_16 = ("N", "EXPERTS", "stride_xm")
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
-def compile_gluon(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: Arch, launch: FewRows | ManyRows
-) -> Any:
+def compile_gluon(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: Arch, launch: Launch) -> Any:
     """The kernel for ``arch``; parameters without a type in ``types`` are constants, None where none is given."""
     names = kernel.arg_names
     constants = constants | {name: value for name, value in launch.constants.items() if name in names}
@@ -48,9 +46,7 @@ def compile_gluon(
 
 
 @cache
-def compile_linear(
-    arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, *, k: int = HIDDEN, plain: bool = False
-) -> Any:
+def compile_linear(arch: Arch, launch: Launch, dtype: torch.dtype, *, k: int = HIDDEN, plain: bool = False) -> Any:
     """The dense product over ``k`` columns, with global scale, bias and relu2 unless ``plain``."""
     types = {"out": POINTER[dtype], "M": "i32", "N": "i32"}
     activation = "none" if plain else "relu2"
@@ -60,11 +56,14 @@ def compile_linear(
         constants = {"K": k, "EARLY": launch.early, "HIGH": launch.high, "ACTIVATION": activation}
         return compile_gluon(few_rows.linear_kernel, types | _few_operands(dtype), constants, arch, launch)
     constants = {"K": k, "EXPERTS": 1, "global_stride": 0, "ACTIVATION": activation}
+    if isinstance(launch, MmaRows):
+        types |= _few_operands(dtype)
+        return compile_gluon(mma_rows.product_kernel, types, constants | {"slots_of_x": 1}, arch, launch)
     return compile_gluon(many_rows.product_kernel, types | _many_operands(dtype, launch), constants, arch, launch)
 
 
 @cache
-def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, product: str) -> Any:
+def compile_experts(arch: Arch, launch: Launch, dtype: torch.dtype, product: str) -> Any:
     """A product of experts by a schedule: ``up`` (relu2), ``down`` (routing weights), ``direct`` (a slot a block)."""
     down = product == "down"
     constants = {"K": INNER if down else HIDDEN, "ACTIVATION": "relu2" if product == "up" else "none"}
@@ -80,7 +79,11 @@ def compile_experts(arch: Arch, launch: FewRows | ManyRows, dtype: torch.dtype, 
         types |= _few_operands(dtype) | {"slots_of_x": "i32"}
         constants["CHAINED"] = (2 if down else 1) if arch.wgmma else 0
         return compile_gluon(few_rows.experts_kernel, types, constants, arch, launch)
-    types |= _many_operands(dtype, launch) | {"M": "i32"}
+    types |= {"M": "i32"}
+    if isinstance(launch, MmaRows):
+        types |= _few_operands(dtype) | {"slots_of_x": "i32"}
+        return compile_gluon(mma_rows.product_kernel, types, constants, arch, launch)
+    types |= _many_operands(dtype, launch)
     return compile_gluon(many_rows.product_kernel, types, constants, arch, launch)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from fp4pass.errors import DeviceError
 from fp4pass.lowering import arch, reference
-from fp4pass.lowering.launches import InParts, launch, launches
+from fp4pass.lowering.heuristics_sm90 import launch
+from fp4pass.lowering.launches import InParts
 from fp4pass.lowering.layout import FRAGMENTS
 
 from .operands import activations, weight
@@ -61,34 +62,35 @@ def test_several_rows_are_never_read_one_by_one():
         assert all(each.block_m > 1 for each in more)
 
 
-@pytest.mark.parametrize("wgmma", (False, True))
-def test_every_launch_is_taken_for_some_rows_and_no_other(wgmma):
+@pytest.mark.parametrize("sm", arch.ARCHS)
+def test_every_launch_is_taken_for_some_rows_and_no_other(sm):
     """Each has the most rows that it is meant for: out of order, one would never be taken."""
+    generation = arch.ARCHS[sm]
     taken = {
-        (experts, launch(rows, columns, depth, experts=experts, wgmma=wgmma))
+        (experts, generation.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth, experts=experts))
         for experts, columns, depth in itertools.product((False, True), HEIGHTS, DEPTHS)
         for rows in (*range(129), 256, 384, 512, 1024, 2048, 4096)
     }
-    assert set(launches(wgmma=wgmma)) == {(experts, each) for experts, each in taken if each is not None}
+    assert set(generation.launches()) == {each for each in taken if not isinstance(each[1], arch.Tile)}
 
 
 @pytest.mark.parametrize(("columns", "depth"), itertools.product(HEIGHTS, DEPTHS))
 def test_no_half_tile_is_empty_unless_there_are_many(columns, depth):
     for rows in (*range(300, 3072, 100), 513, 640, 641, 768, 3072):
-        found = launch(rows, columns, depth, experts=False, wgmma=True)
+        found = launch(rows, columns, depth, experts=False)
         if isinstance(found, InParts):
             assert found.full % found.first.block_m == 0
         else:
             assert found is None or -rows % found.block_m < 128
-        by_experts = launch(rows, columns, depth, experts=True, wgmma=True)
+        by_experts = launch(rows, columns, depth, experts=True)
         assert by_experts is None or by_experts.block_m == 256
-    assert launch(3072 + 65, 16384, 4096, experts=False, wgmma=True).block_m == 256
+    assert launch(3072 + 65, 16384, 4096, experts=False).block_m == 256
 
 
 @pytest.mark.parametrize(("columns", "depth"), itertools.product(HEIGHTS, DEPTHS))
 def test_few_rows_beyond_full_tiles_run_as_the_same_number_of_rows_does(columns, depth):
     def of(rows):
-        return launch(rows, columns, depth, experts=False, wgmma=True)
+        return launch(rows, columns, depth, experts=False)
 
     for rows in range(1, 1200):
         if isinstance(found := of(rows), InParts):
@@ -104,7 +106,7 @@ def test_few_rows_beyond_full_tiles_run_as_the_same_number_of_rows_does(columns,
 
 def test_a_product_in_parts_has_each_row_of_x_from_its_own_launch(monkeypatch):
     linear = pytest.importorskip("fp4pass.lowering.linear")
-    found = launch(136, 16384, 4096, experts=False, wgmma=True)
+    found = launch(136, 16384, 4096, experts=False)
     taken = []
 
     def twin(rows, weight, bias, out, activation, launch):

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from triton.compiler.errors import CompilationError
 
 from fp4pass.lowering import arch, few_rows
-from fp4pass.lowering.launches import FewRows, launches
+from fp4pass.lowering.launches import FewRows
 from fp4pass.lowering.layout import FRAGMENTS
 from fp4pass.lowering.operands import Weight
 
@@ -43,7 +43,7 @@ def every_launch():
     """
     listed = set()
     for generation in sorted(arch.ARCHS.values(), key=lambda each: -each.sm):
-        for experts, launch in launches(wgmma=generation.wgmma):
+        for experts, launch in generation.launches():
             if not isinstance(launch, FewRows):
                 continue
             again = (experts, launch) in listed and launch.block_m < 64
@@ -73,14 +73,14 @@ def compiled(generation, launch, product):
     return compiling.compile_experts(generation, launch, torch.bfloat16, product)
 
 
-LESS_THAN_USUAL = 4032  # see launches.py
+LESS_THAN_USUAL = 4032  # see heuristics_sm90.py
 TAKEN_FOR_DEEP_ONES = {
     (generation.sm, generation.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=8192))
     for generation in arch.ARCHS.values()
     for rows in range(1, 257)
     for columns in (256, 1024, 3072, 4352, 8192, 65536)
 }
-DENSE = [each for experts, each in launches(wgmma=True) if isinstance(each, FewRows) and not experts]
+DENSE = [each for experts, each in HOPPER.launches() if isinstance(each, FewRows) and not experts]
 
 
 @pytest.mark.parametrize(("generation", "launch", "product"), every_launch())

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fp4pass.lowering import arch, layout, reference
-from fp4pass.lowering.launches import launches
 
 from .operands import activations, assert_within, weight
 
@@ -44,7 +43,7 @@ def one_for_each_launch(shapes, experts=False):
 def test_every_launch_is_among_them():
     met = {(False, each) for each in one_for_each_launch(DENSE)}
     met |= {(True, each) for each in one_for_each_launch([WIDTHS], experts=True)}
-    assert set(launches(wgmma=arch.target(torch.device(CUDA)).wgmma)) <= met
+    assert set(arch.target(torch.device(CUDA)).launches()) <= met
 
 
 def test_dense_products_of_every_launch():

@@ -10,7 +10,6 @@ import torch
 
 from fp4pass.lowering import arch, layout, ops, reference
 from fp4pass.lowering.arch import rows_of_expert
-from fp4pass.lowering.launches import launches
 
 from .operands import activations, assert_within, every_product, stored, weight
 
@@ -94,9 +93,9 @@ def test_the_shapes_of_exact_products_meet_every_launch():
     met = {(False, launch(rows, n, k)) for n, k in SHAPES for rows in ROWS_AT_ONCE}
     at_once = [rows_of_expert(slots, 2) for slots in SLOTS_AT_ONCE]
     met |= {(True, launch(rows, 256, k, experts=True)) for k in (256, 8448) for rows in at_once}
-    # More than 256 rows have a tile of their own.
-    met |= {(False, launch(512, *SHAPES[0]))}
-    assert set(launches(wgmma=generation.wgmma)) <= met
+    # More than 256 rows have tiles of their own.
+    met |= {(False, launch(1030, n, k)) for n, k in SHAPES} | {(False, launch(512, *SHAPES[0]))}
+    assert set(generation.launches()) <= met
 
 
 @pytest.mark.parametrize("dtype", HALVES)

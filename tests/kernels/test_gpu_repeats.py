@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp4pass.lowering import layout
+from fp4pass.lowering import arch, layout
 
 from .test_gpu import captured
 from .test_gpu_products import EACH_TILE, block, dense, fp4pass, normal, routed
@@ -114,6 +114,8 @@ def test_marks_of_shared_tiles_are_cleared_at_the_end(n, k, monkeypatch):
     """As many tiles as there are multiprocessors, fewer, and a few more."""
     from fp4pass.lowering import exchange, many_rows  # Which need Triton.
 
+    if not arch.target(torch.device("cuda")).wgmma:
+        pytest.skip("only kernels with wgmma share tiles")
     recorder = Recorder(many_rows.product_kernel)
     monkeypatch.setattr(many_rows, "product_kernel", recorder)
     operands = dense(n, k)

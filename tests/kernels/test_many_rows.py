@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from fp4pass.lowering import arch, exchange, many_rows
-from fp4pass.lowering.launches import ManyRows, launches
+from fp4pass.lowering.launches import ManyRows
 
 from . import gluon_compiling as compiling
 
@@ -25,7 +25,7 @@ PUTS_ASIDE = not version("triton").startswith("3.6")
 MOST_FOR_A_WORD = 24
 CASES = [
     (launch, product)
-    for experts, launch in launches(wgmma=True)
+    for experts, launch in HOPPER.launches()
     if isinstance(launch, ManyRows)
     # Without bias and scale there is only less to hold: that is tried where registers are fewest.
     for product in (("up", "down") if experts else ("dense", "plain") if launch.block_m >= 256 else ("dense",))
@@ -63,7 +63,7 @@ def loops(launch, product):
 def test_only_hopper_has_launches():
     assert CASES
     for generation in arch.ARCHS.values():
-        found = any(isinstance(launch, ManyRows) for _, launch in launches(wgmma=generation.wgmma))
+        found = any(isinstance(launch, ManyRows) for _, launch in generation.launches())
         assert found == generation.wgmma
 
 

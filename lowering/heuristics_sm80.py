@@ -1,0 +1,86 @@
+"""Which launch a product gets on Ampere and Ada, for heights of its weight and numbers of rows of x.
+
+Chosen by what SM80's kernels take on an H200 (fp4pass/bench/older.py), whose tensor cores do a quarter more with
+``mma.sync`` than those of an A100, and whose memory twice as much: beside each other, not on such GPUs.
+"""
+
+from __future__ import annotations
+
+from .launches import ANY, FewRows, Launch, Launches, MmaRows, taken
+
+_ONE = FewRows(4, 16, 1)
+_LOW = (
+    (1, _ONE),
+    (8, FewRows(8, 8, 8, across=2, slots=4)),
+    (16, FewRows(8, 8, 16, slots=4, high=2)),
+    (32, FewRows(8, 4, 32, across=2, slots=4)),
+)
+_HIGH = (
+    (1, _ONE),
+    (8, FewRows(4, 8, 8, slots=8)),
+    (16, FewRows(8, 8, 16, across=2, slots=4)),
+    (32, FewRows(8, 4, 32, across=2, slots=4)),
+)
+_WIDE_SHORT = (
+    (1, _ONE),
+    (8, FewRows(4, 8, 8, across=2, slots=4)),
+    (16, FewRows(4, 8, 16, across=2, slots=4)),
+    (32, FewRows(4, 4, 32, across=2, slots=4)),
+)
+# Of experts' rows that is how many to expect: some have more. Slots that run by themselves have none.
+_EXPERTS = (
+    (0, FewRows(4, 4, 1)),
+    (8, FewRows(4, 8, 8, across=4, slots=8)),
+    (16, FewRows(4, 8, 16, across=4, slots=8)),
+    (32, MmaRows(32)),
+    (64, MmaRows(64)),
+    (112, MmaRows(128)),
+    (512, MmaRows(64)),
+    (ANY, MmaRows(128)),
+)
+# Where there are fewer tiles of 64 x 64 than multiprocessors, warps share K; with half as many, more of them.
+_SHARED, _MORE_SHARED = FewRows(8, 4, 64, across=4, slots=4), FewRows(8, 4, 32, across=2, slots=4)
+# Else tiles, and what a step of 64 columns takes, in microseconds, where a multiprocessor has one, two, ... of them.
+_TILES = (
+    (MmaRows(64, high=1), (0.43, 0.53, 0.73, 0.96, 1.2)),
+    (MmaRows(64, ahead=2), (0.55, 0.8, 1.35)),
+    (MmaRows(128), (1.03, 1.52)),
+    (MmaRows(128, warps=8), (1.5,)),
+)
+_LEAST_HIGH, _LEAST_WIDE, _LEAST_USUAL = 3072, 8192, 4096
+# A weight of so many elements has tiles enough for every multiprocessor, as a high one has.
+_HEAVY = 1 << 26
+
+
+def launch(rows: int, columns: int, depth: int, *, experts: bool, multiprocessors: int) -> Launch:
+    """The launch for ``rows`` of x and a weight ``[columns, depth]``; for ``experts`` the rows to expect of one."""
+    if experts:
+        return taken(_EXPERTS, rows)
+    if found := taken(_table(columns, depth), rows):
+        return found
+    tiles = _tiles(rows, columns, _TILES[0][0])
+    if tiles <= multiprocessors:
+        return _MORE_SHARED if 2 * tiles <= multiprocessors else _SHARED
+
+    def time(choice: tuple[MmaRows, tuple[float, ...]]) -> float:
+        tile, steps = choice
+        rounds, rest = divmod(-(-_tiles(rows, columns, tile) // multiprocessors), len(steps))
+        return rounds * steps[-1] + (steps[rest - 1] if rest else 0)
+
+    return min(_TILES, key=time)[0]
+
+
+def _tiles(rows: int, columns: int, tile: MmaRows) -> int:
+    return -(-rows // tile.block_m) * -(-columns // tile.block_n)
+
+
+def _table(columns: int, depth: int) -> Launches:
+    if columns < _LEAST_HIGH and columns * depth < _HEAVY:
+        return _LOW
+    return _WIDE_SHORT if columns >= _LEAST_WIDE and depth < _LEAST_USUAL else _HIGH
+
+
+def tables() -> tuple[tuple[Launches, ...], Launches]:
+    """Those of dense products, and that of experts."""
+    many = (*(tile for tile, _ in _TILES), _SHARED, _MORE_SHARED)
+    return (_LOW, _HIGH, _WIDE_SHORT, tuple((ANY, each) for each in many)), _EXPERTS

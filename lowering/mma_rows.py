@@ -1,0 +1,249 @@
+# ruff: noqa: ANN001, ANN201, RUF005, RUF059  (kernels: Triton types the parameters, and compiles no starred tuple)
+
+"""Products with many rows of x before Hopper, by ``mma.sync``: each warp decodes rows of the weight of its own.
+
+A program has a tile: HIGH rows of units of the weight for each of its warps, and BLOCK_M rows of x. At a step each warp
+decodes its units of 64 columns into the left operand of ``mma.sync``, where they stay while the step's columns of x
+pass by, CHUNK rows at a time, from one of SLOTS slots in shared memory. So no decoded weight goes through shared
+memory, and each is decoded once for all rows of the tile. Codes and scales are read a step ahead, x SLOTS - 1 steps.
+
+For SM80 and later, bfloat16 and float16, layout ``fragments``.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from .decode import undo_factor
+from .few_rows import readable, sums_layout
+from .launches import MmaRows
+from .loads import copy_async, copy_layout, fetch, rows_layout, slot_layout, tokens_layout
+from .operands import Schedule, Weight
+from .sharing import place, rows_of_block
+from .start import start
+from .units import UNIT_COLUMNS, activate, decode_units
+
+# Rows of x that are in registers at once.
+CHUNK = gl.constexpr(64)
+
+
+@gluon.jit
+def rows_of_tile(first, end, plan, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """(row, whether it is there) of a tile's rows from ``first`` to ``end``: slots, where there is a ``plan``."""
+    at = first + gl.arange(0, BLOCK_M, layout=LAYOUT)
+    row = gl.minimum(at, end - 1)
+    if plan[3] is not None:
+        row = gl.load(plan[3] + row)
+    return row, at < end
+
+
+@gluon.jit
+def copy_step(slot, x, x_rows, step, STEPS: gl.constexpr):
+    """A step's columns of x on their way into a slot, if there is such a step."""
+    if step < STEPS:
+        LAYOUT: gl.constexpr = copy_layout(1, gl.num_warps())
+        column = gl.arange(0, UNIT_COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+        copy_async(slot, x + step * UNIT_COLUMNS + (x_rows.to(gl.int64) * 8)[None, :, None] + column)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def multiply(sums, units, slot, CHUNKS: gl.constexpr):
+    """``sums``, those of each chunk of rows and in it of each row of units, plus a step's units times its slot."""
+    HIGH: gl.constexpr = len(units)
+    MMA: gl.constexpr = sums[0].type.layout
+    ROWS: gl.constexpr = sums[0].shape[1]
+    M: gl.constexpr = sums[0].shape[2]
+    weights = ()
+    for high in gl.static_range(HIGH):
+        words, scale = units[high]
+        weight = decode_units(words, scale, 0, slot.dtype).reshape([1, ROWS, UNIT_COLUMNS])
+        weights = weights + (gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True),)
+    larger = ()
+    for chunk in gl.static_range(CHUNKS):
+        tokens = slot.slice(chunk * M, M, dim=1).load(tokens_layout(1, gl.num_warps(), M))
+        x = gl.convert_layout(tokens.permute([0, 2, 1]), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+        for high in gl.static_range(HIGH):
+            larger = larger + (mma_v2(weights[high], x, sums[chunk * HIGH + high]),)
+    return larger
+
+
+@gluon.jit
+def take_step(state, slots, at, step, x, x_rows, weight, units, K: gl.constexpr, HIGH: gl.constexpr):
+    """(sums, the units of ``step`` and of some that follow), one step on. ``at``: the number of the step's slot."""
+    sums, units_ahead = state
+    AHEAD: gl.constexpr = len(units_ahead)
+    STEPS: gl.constexpr = K // UNIT_COLUMNS
+    SLOTS: gl.constexpr = len(slots)
+    following = ()
+    for later in gl.static_range(1, AHEAD):
+        following = following + (units_ahead[later],)
+    following = following + (fetch(weight, units, gl.minimum(step + AHEAD, STEPS - 1), K, 1, gl.num_warps(), HIGH),)
+    # Behind the wait stands a barrier: every warp's copies are there, and every warp has read the step before.
+    async_copy.wait_group(SLOTS - 2)
+    copy_step(slots[(at + SLOTS - 1) % SLOTS], x, x_rows, step + SLOTS - 1, STEPS)
+    return multiply(sums, units_ahead[0], slots[at], len(sums) // HIGH), following
+
+
+@gluon.constexpr_function
+def stored_layout(across):
+    """Of ``[16 * across, rows]`` numbers as they are written, eight neighbours of a row of the result a lane."""
+    return gl.BlockedLayout([8, 1], [2 * across, 16 // across], [1, across], [0, 1])
+
+
+@gluon.jit
+def store(acc, n, rows, live, bias, weights, out, N, ACTIVATION: gl.constexpr):
+    """``acc``, columns of the result from ``n`` on, to ``rows`` of it that are ``live``."""
+    if bias is not None:
+        column = n + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
+        acc += gl.load(bias + column, mask=column < N, other=0.0).to(gl.float32)[:, None]
+    STORED: gl.constexpr = stored_layout(gl.num_warps())
+    value = gl.convert_layout(activate(acc, ACTIVATION).to(out.dtype.element_ty), STORED)
+    if weights is not None:
+        value *= gl.load(weights + rows, mask=live, other=0.0).to(out.dtype.element_ty)[None, :]
+    column = n + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORED))
+    where = rows.to(gl.int64)[None, :] * N + column[:, None]
+    gl.store(out + where, value, mask=(column < N)[:, None] & live[None, :])
+
+
+@gluon.jit(do_not_specialize=["M", "slots_of_x"])
+def product_kernel(
+    x,
+    words,
+    scale,
+    global_scale,
+    bias,
+    weights,
+    out,
+    experts,
+    order,
+    ends,
+    block_ends,
+    M,
+    N,
+    EXPERTS,
+    slots_of_x,
+    stride_xm,
+    global_stride,
+    K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    HIGH: gl.constexpr,
+    SLOTS: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """A tile of ``out [M, N]``, or of the rows of one block of experts: see ``expert_product_kernel`` in moe.py."""
+    ACROSS: gl.constexpr = gl.num_warps()
+    STEPS: gl.constexpr = K // UNIT_COLUMNS
+    STORED: gl.constexpr = gl.SliceLayout(0, stored_layout(ACROSS))
+    M_AT_ONCE: gl.constexpr = min(CHUNK, BLOCK_M)
+    plan = (experts, ends, block_ends, order)
+    tiles = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, 16 * ACROSS * HIGH))
+    tile_m, tile_n = place(gl.program_id(0), tiles, plan)
+    factor = undo_factor(True)
+    first, end, matrix = tile_m * BLOCK_M, M, 0
+    if experts is not None:
+        expert = gl.load(experts + tile_m)
+        if (expert < 0) | (expert >= EXPERTS):
+            return
+        expert, first, end = rows_of_block(tile_m, plan[:3], BLOCK_M)
+        matrix = expert.to(gl.int64)
+    if global_scale is not None:
+        factor = factor * gl.load(global_scale + matrix * global_stride)
+    unit = tile_n * (ACROSS * HIGH)
+    weight = (words + matrix * N * (K // 8), scale + matrix * N * (K // 32))
+    units = (unit, N // 16 - unit)
+    x_rows, there = rows_of_tile(first, end, plan, BLOCK_M, rows_layout(1, ACROSS))
+    x_rows = x_rows // slots_of_x * (stride_xm // 8)
+    slots = ()
+    for _ in gl.static_range(SLOTS):
+        slots = slots + (gl.allocate_shared_memory(x.dtype.element_ty, [1, BLOCK_M, UNIT_COLUMNS], slot_layout()),)
+    for step in gl.static_range(SLOTS - 1):
+        copy_step(slots[step], x, x_rows, step, STEPS)
+    nothing = gl.zeros([1, 16 * ACROSS, M_AT_ONCE], gl.float32, layout=sums_layout(1, ACROSS))
+    units_ahead = ()
+    for step in gl.static_range(AHEAD):
+        units_ahead = units_ahead + (fetch(weight, units, min(step, STEPS - 1), K, 1, ACROSS, HIGH),)
+    state = ((nothing,) * (HIGH * BLOCK_M // M_AT_ONCE), units_ahead)
+    # Of a loop of one turn Triton 3.6 makes none, and then does not compile what is left.
+    TURNS: gl.constexpr = STEPS // SLOTS if STEPS >= 2 * SLOTS else 0
+    for turn in range(TURNS):
+        for at in gl.static_range(SLOTS):
+            state = take_step(state, slots, at, turn * SLOTS + at, x, x_rows, weight, units, K, HIGH)
+    for at in gl.static_range(TURNS * SLOTS, STEPS):
+        state = take_step(state, slots, at % SLOTS, at, x, x_rows, weight, units, K, HIGH)
+    sums = state[0]
+    for part in gl.static_range(len(sums)):
+        acc = gl.sum(sums[part], axis=0) * factor
+        rows, live = rows_of_tile(first + part // HIGH * M_AT_ONCE, end, plan, M_AT_ONCE, STORED)
+        n = (unit + part % HIGH * ACROSS) * 16
+        store(acc, n, rows, live, bias, weights, out, N, ACTIVATION)
+
+
+def linear(
+    rows: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    launch: MmaRows,
+) -> None:
+    """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
+    _product(rows, weight, bias, None, out, None, 1, activation, launch)
+
+
+def expert_product(
+    plan: Schedule,
+    rows: torch.Tensor,
+    slots_of_row: int,
+    weight: Weight,
+    routing: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    launch: MmaRows,
+) -> None:
+    """Rows of ``out [slots, N]``: slot s from row ``s // slots_of_row`` by its expert, as ``plan`` has them."""
+    _product(rows, weight, None, routing, out, plan, slots_of_row, activation, launch)
+
+
+def _product(
+    rows: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    routing: torch.Tensor | None,
+    out: torch.Tensor,
+    plan: Schedule | None,
+    slots_of_row: int,
+    activation: str,
+    launch: MmaRows,
+) -> None:
+    m, n = out.shape
+    rows = readable(rows)
+    blocks = plan.blocks if plan else -(-m // launch.block_m)
+    start(
+        product_kernel,
+        (blocks * -(-n // launch.block_n),),
+        rows,
+        weight.words,
+        weight.scale_pairs,
+        weight.global_scale,
+        bias,
+        routing,
+        out,
+        plan.experts if plan else None,
+        plan.order if plan else None,
+        plan.ends if plan else None,
+        plan.block_ends if plan else None,
+        m,
+        n,
+        weight.count,
+        slots_of_row,
+        rows.stride(0),
+        weight.global_stride,
+        K=rows.shape[1],
+        ACTIVATION=activation,
+        **launch.constants,
+    )

@@ -1,0 +1,75 @@
+"""The kernels for many rows before Hopper, compiled for every generation, and what must hold of their machine code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fp4pass.lowering import arch
+from fp4pass.lowering.launches import MmaRows
+
+from . import gluon_compiling as compiling
+
+CASES = [
+    pytest.param(generation, launch, product, id=f"sm{generation.sm}-{product}-{launch.block_m}x{launch.block_n}")
+    for generation in arch.ARCHS.values()
+    for experts, launch in generation.launches()
+    if isinstance(launch, MmaRows)
+    for product in (("up", "down") if experts else ("dense",))
+]
+EACH = pytest.mark.parametrize(("generation", "launch", "product"), CASES, scope="module")
+# Where 128 rows of x leave few registers, addresses of x are put aside, and most taken back once in a turn of the loop:
+# the most loads and stores that Triton 3.6 and 3.9 leave, of a kernel with 384 products.
+MOST_SPILLS = 80
+# Of a multiprocessor, in bytes, and what each program takes beside its own.
+SHARED, RESERVED, REGISTERS = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10}, 1024, 65536
+
+
+def compiled(generation, launch, product):
+    if product == "dense":
+        return compiling.compile_linear(generation, launch, torch.bfloat16)
+    return compiling.compile_experts(generation, launch, torch.bfloat16, product)
+
+
+def test_only_generations_before_hopper_have_launches():
+    assert {case.values[0].sm for case in CASES} == {80, 86, 89}
+
+
+@EACH
+def test_launch_compiles_within_shared_memory_and_registers(generation, launch, product):
+    kernel = compiled(generation, launch, product)
+    compiling.assert_fits(generation, kernel, spills=MOST_SPILLS if launch.block_m >= 128 else 0)
+
+
+@EACH
+def test_eight_warps_have_a_place_on_a_multiprocessor(generation, launch, product):
+    """With fewer its tensor cores would wait for one warp's decoding, or for its barriers."""
+    programs = 8 // launch.warps
+    assert programs * (compiled(generation, launch, product).metadata.shared + RESERVED) <= SHARED[generation.sm]
+    assert programs * launch.warps * 32 * 255 <= REGISTERS
+
+
+@EACH
+def test_each_weight_is_decoded_once_for_all_rows_of_the_tile(generation, launch, product):
+    """A unit's decoding has two multiplications for its scales and sixteen for its codes, whatever the rows of x."""
+    code = compiling.operations(compiled(generation, launch, product))
+    products = len(compiling.places(code, "HMMA"))
+    steps, rest = divmod(products, launch.high * 4 * launch.block_m // 8)
+    assert rest == 0 and steps >= launch.slots
+    assert len(compiling.places(code, "HFMA2")) == 18 * launch.high * steps
+    # x comes out of shared memory in matrices of the tensor core, four at once.
+    assert len(compiling.places(code, "LDSM.16.M88.4")) == steps * launch.block_m // 4
+
+
+@EACH
+def test_a_step_has_one_barrier_and_few_instructions_beside_its_products(generation, launch, product):
+    """13 for a word of eight codes, and what reads and copies x, reads the weight and moves pointers."""
+    code = compiling.operations(compiled(generation, launch, product))
+    begin = compiling.places(code, "HMMA")[0]
+    turn = code[begin : min(place for place in compiling.places(code, "BRA") if place > begin)]
+    products = len(compiling.places(turn, "HMMA"))
+    assert products == launch.slots * launch.high * 4 * launch.block_m // 8
+    assert len(compiling.places(turn, "BAR")) < launch.slots
+    assert (len(turn) - products) / (launch.slots * launch.high * 16) < 13
