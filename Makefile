@@ -17,7 +17,7 @@ test: .venv/ready
 
 # The kernels once more, compiled by the oldest Triton there may be, which lies in a folder of its own.
 OLDEST := triton==3.6.0
-COMPILED := $(addprefix tests/kernels/test_,compile.py few_rows.py many_rows.py fp8.py stream.py)
+COMPILED := $(addprefix tests/kernels/test_,compile.py few_rows.py many_rows.py mma_rows.py fp8.py stream.py)
 oldest: .venv/$(OLDEST)
 	PYTHONPATH=$< $(PYTEST) -m "not gpu and not fuzz" $(COMPILED)
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import heuristics_sm80, mma_rows
 from .arch import Arch, target
 from .linear import sum_parts_kernel
 from .operands import rows_of
@@ -88,18 +89,38 @@ def fp8_linear(
 ) -> torch.Tensor:
     """Launch of ``fp4pass::fp8_linear`` for activations as they are; see fp8.py. ``arch`` is for the interpreter."""
     arch = arch or target(x.device)
-    n, k = weight.shape
+    n = weight.shape[0]
     rows = rows_of(x)
     m = rows.shape[0]
     out = x.new_empty((m, n))
     if out.numel() == 0:
         return out.view(*x.shape[:-1], n)
-    tile = arch.tile(min(m, WIDEST), x.dtype)
+    bias = bias if bias is None else bias.contiguous()
+    launch = None
+    if not arch.wgmma and rows.is_cuda and rows.dtype != torch.float32 and mma_rows.reads_bytes_of(weight):
+        launch = heuristics_sm80.fp8_launch(m, n, arch.multiprocessors)
+    if launch is None:
+        _in_tiles(rows, weight, weight_scale, bias, out, arch)
+    else:
+        mma_rows.fp8_linear(rows, weight, weight_scale, bias, out, launch)
+    return out.view(*x.shape[:-1], n)
+
+
+def _in_tiles(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    arch: Arch,
+) -> None:
+    """Any weight, any dtype, on every GPU."""
+    (m, n), k = out.shape, rows.shape[1]
+    tile = arch.tile(min(m, WIDEST), rows.dtype)
     tiles = -(-m // tile.block_m), -(-n // tile.block_n)
     # Only with one row of tiles: the number of splits, a constant of the kernel, then follows from the weight alone.
     splits = arch.splits(tiles[1], -(-k // tile.block_k), tile) if tiles[0] == 1 else 1
     parts = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
-    bias = bias if bias is None else bias.contiguous()
     operands = (rows, weight, weight_scale, bias, parts, m, n, rows.stride(0), *weight.stride())
     start(fp8_linear_kernel, (*tiles, splits), *operands, K=k, SPLITS=splits, **tile.constants)
     if splits > 1:
@@ -119,4 +140,3 @@ def fp8_linear(
             BLOCK=block,
             num_warps=4,
         )
-    return out.view(*x.shape[:-1], n)

@@ -1,6 +1,6 @@
 """Which launch a product gets on Ampere and Ada, for heights of its weight and numbers of rows of x.
 
-Chosen by what SM80's kernels take on an H200 (fp4pass/bench/older.py), whose tensor cores do a quarter more with
+Chosen by what SM80's kernels take on an H200 (older.py), whose tensor cores do a quarter more with
 ``mma.sync`` than those of an A100, and whose memory twice as much: beside each other, not on such GPUs.
 """
 
@@ -40,13 +40,15 @@ _EXPERTS = (
 )
 # Where there are fewer tiles of 64 x 64 than multiprocessors, warps share K; with half as many, more of them.
 _SHARED, _MORE_SHARED = FewRows(8, 4, 64, across=4, slots=4), FewRows(8, 4, 32, across=2, slots=4)
+Timed = tuple[MmaRows, tuple[float, ...]]
 # Else tiles, and what a step of 64 columns takes, in microseconds, where a multiprocessor has one, two, ... of them.
-_TILES = (
+_TILES: tuple[Timed, ...] = (
     (MmaRows(64, high=1), (0.43, 0.53, 0.73, 0.96, 1.2)),
     (MmaRows(64, ahead=2), (0.55, 0.8, 1.35)),
     (MmaRows(128), (1.03, 1.52)),
     (MmaRows(128, warps=8), (1.5,)),
 )
+_SMALLEST = _TILES[0][0]
 _LEAST_HIGH, _LEAST_WIDE, _LEAST_USUAL = 3072, 8192, 4096
 # A weight of so many elements has tiles enough for every multiprocessor, as a high one has.
 _HEAVY = 1 << 26
@@ -58,16 +60,27 @@ def launch(rows: int, columns: int, depth: int, *, experts: bool, multiprocessor
         return taken(_EXPERTS, rows)
     if found := taken(_table(columns, depth), rows):
         return found
-    tiles = _tiles(rows, columns, _TILES[0][0])
-    if tiles <= multiprocessors:
-        return _MORE_SHARED if 2 * tiles <= multiprocessors else _SHARED
+    tiles = _tiles(rows, columns, _SMALLEST)
+    if tiles > multiprocessors:
+        return _fastest(_TILES, rows, columns, multiprocessors)
+    return _MORE_SHARED if 2 * tiles <= multiprocessors else _SHARED
 
-    def time(choice: tuple[MmaRows, tuple[float, ...]]) -> float:
-        tile, steps = choice
+
+def fp8_launch(rows: int, columns: int, multiprocessors: int) -> MmaRows | None:
+    """That for an 8-bit weight of ``columns`` rows; None for tiles, which split K where there is one row of them."""
+    if rows <= 32 or (rows <= 64 and _tiles(rows, columns, _SMALLEST) <= multiprocessors):
+        return None
+    # Such weights take longer to decode, for which the widest tile has the fewest warps.
+    return _fastest(_TILES[:-1], rows, columns, multiprocessors)
+
+
+def _fastest(tiles: tuple[Timed, ...], rows: int, columns: int, multiprocessors: int) -> MmaRows:
+    def time(timed: Timed) -> float:
+        tile, steps = timed
         rounds, rest = divmod(-(-_tiles(rows, columns, tile) // multiprocessors), len(steps))
         return rounds * steps[-1] + (steps[rest - 1] if rest else 0)
 
-    return min(_TILES, key=time)[0]
+    return min(tiles, key=time)[0]
 
 
 def _tiles(rows: int, columns: int, tile: MmaRows) -> int:

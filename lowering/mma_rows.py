@@ -7,27 +7,38 @@ decodes its units of 64 columns into the left operand of ``mma.sync``, where the
 pass by, CHUNK rows at a time, from one of SLOTS slots in shared memory. So no decoded weight goes through shared
 memory, and each is decoded once for all rows of the tile. Codes and scales are read a step ahead, x SLOTS - 1 steps.
 
-For SM80 and later, bfloat16 and float16, layout ``fragments``.
+For SM80 and later, bfloat16 and float16. The weight is an NVFP4 one in layout ``fragments``, or has 8-bit numbers in
+rows (fp8_units.py), as ``scale`` None says.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .decode import undo_factor
+from .decode import to_dot_order, undo_factor
 from .few_rows import readable, sums_layout
+from .fp8_units import decode_bytes, fetch_bytes
 from .launches import MmaRows
 from .loads import copy_async, copy_layout, fetch, rows_layout, slot_layout, tokens_layout
 from .operands import Schedule, Weight
+from .reference import NO_ACTIVATION
 from .sharing import place, rows_of_block
 from .start import start
 from .units import UNIT_COLUMNS, activate, decode_units
 
 # Rows of x that are in registers at once.
 CHUNK = gl.constexpr(64)
+
+
+@gluon.constexpr_function
+def steps_of(k):
+    """Steps in which K is read. Of an NVFP4 weight none is ragged, as it has whole units."""
+    return -(-k // 64)
 
 
 @gluon.jit
@@ -51,6 +62,25 @@ def copy_step(slot, x, x_rows, step, STEPS: gl.constexpr):
 
 
 @gluon.jit
+def fetch_step(weight, units, step, K: gl.constexpr, HIGH: gl.constexpr):
+    """What each warp decodes at a step, HIGH times: units and their scales, or rows of bytes."""
+    words, scale, N = weight
+    if scale is None:
+        return fetch_bytes(words, units[0], N, step, K, HIGH)
+    else:
+        return fetch((words, scale), units, step, K, 1, gl.num_warps(), HIGH)
+
+
+@gluon.jit
+def decode(fetched, ROWS: gl.constexpr, DTYPE: gl.constexpr):
+    """The left operand ``[1, ROWS, 64]``."""
+    if len(fetched) == 1:
+        return decode_bytes(fetched[0], DTYPE).reshape([1, ROWS, UNIT_COLUMNS])
+    else:
+        return decode_units(fetched[0], fetched[1], 0, DTYPE).reshape([1, ROWS, UNIT_COLUMNS])
+
+
+@gluon.jit
 def multiply(sums, units, slot, CHUNKS: gl.constexpr):
     """``sums``, those of each chunk of rows and in it of each row of units, plus a step's units times its slot."""
     HIGH: gl.constexpr = len(units)
@@ -59,8 +89,7 @@ def multiply(sums, units, slot, CHUNKS: gl.constexpr):
     M: gl.constexpr = sums[0].shape[2]
     weights = ()
     for high in gl.static_range(HIGH):
-        words, scale = units[high]
-        weight = decode_units(words, scale, 0, slot.dtype).reshape([1, ROWS, UNIT_COLUMNS])
+        weight = decode(units[high], ROWS, slot.dtype)
         weights = weights + (gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True),)
     larger = ()
     for chunk in gl.static_range(CHUNKS):
@@ -76,12 +105,12 @@ def take_step(state, slots, at, step, x, x_rows, weight, units, K: gl.constexpr,
     """(sums, the units of ``step`` and of some that follow), one step on. ``at``: the number of the step's slot."""
     sums, units_ahead = state
     AHEAD: gl.constexpr = len(units_ahead)
-    STEPS: gl.constexpr = K // UNIT_COLUMNS
+    STEPS: gl.constexpr = steps_of(K)
     SLOTS: gl.constexpr = len(slots)
     following = ()
     for later in gl.static_range(1, AHEAD):
         following = following + (units_ahead[later],)
-    following = following + (fetch(weight, units, gl.minimum(step + AHEAD, STEPS - 1), K, 1, gl.num_warps(), HIGH),)
+    following = following + (fetch_step(weight, units, gl.minimum(step + AHEAD, STEPS - 1), K, HIGH),)
     # Behind the wait stands a barrier: every warp's copies are there, and every warp has read the step before.
     async_copy.wait_group(SLOTS - 2)
     copy_step(slots[(at + SLOTS - 1) % SLOTS], x, x_rows, step + SLOTS - 1, STEPS)
@@ -137,13 +166,13 @@ def product_kernel(
 ):
     """A tile of ``out [M, N]``, or of the rows of one block of experts: see ``expert_product_kernel`` in moe.py."""
     ACROSS: gl.constexpr = gl.num_warps()
-    STEPS: gl.constexpr = K // UNIT_COLUMNS
+    STEPS: gl.constexpr = steps_of(K)
     STORED: gl.constexpr = gl.SliceLayout(0, stored_layout(ACROSS))
     M_AT_ONCE: gl.constexpr = min(CHUNK, BLOCK_M)
     plan = (experts, ends, block_ends, order)
     tiles = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, 16 * ACROSS * HIGH))
     tile_m, tile_n = place(gl.program_id(0), tiles, plan)
-    factor = undo_factor(True)
+    factor = 1.0 if scale is None else undo_factor(True)
     first, end, matrix = tile_m * BLOCK_M, M, 0
     if experts is not None:
         expert = gl.load(experts + tile_m)
@@ -154,7 +183,9 @@ def product_kernel(
     if global_scale is not None:
         factor = factor * gl.load(global_scale + matrix * global_stride)
     unit = tile_n * (ACROSS * HIGH)
-    weight = (words + matrix * N * (K // 8), scale + matrix * N * (K // 32))
+    weight = (words, scale, N)
+    if experts is not None:
+        weight = (words + matrix * N * (K // 8), scale + matrix * N * (K // 32), N)
     units = (unit, N // 16 - unit)
     x_rows, there = rows_of_tile(first, end, plan, BLOCK_M, rows_layout(1, ACROSS))
     x_rows = x_rows // slots_of_x * (stride_xm // 8)
@@ -166,7 +197,7 @@ def product_kernel(
     nothing = gl.zeros([1, 16 * ACROSS, M_AT_ONCE], gl.float32, layout=sums_layout(1, ACROSS))
     units_ahead = ()
     for step in gl.static_range(AHEAD):
-        units_ahead = units_ahead + (fetch(weight, units, min(step, STEPS - 1), K, 1, ACROSS, HIGH),)
+        units_ahead = units_ahead + (fetch_step(weight, units, min(step, STEPS - 1), K, HIGH),)
     state = ((nothing,) * (HIGH * BLOCK_M // M_AT_ONCE), units_ahead)
     # Of a loop of one turn Triton 3.6 makes none, and then does not compile what is left.
     TURNS: gl.constexpr = STEPS // SLOTS if STEPS >= 2 * SLOTS else 0
@@ -192,7 +223,8 @@ def linear(
     launch: MmaRows,
 ) -> None:
     """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
-    _product(rows, weight, bias, None, out, None, 1, activation, launch)
+    operands = weight.words, weight.scale_pairs, weight.global_scale, bias, None, out
+    _product(readable(rows), *operands, K=rows.shape[1], ACTIVATION=activation, launch=launch)
 
 
 def expert_product(
@@ -206,30 +238,54 @@ def expert_product(
     launch: MmaRows,
 ) -> None:
     """Rows of ``out [slots, N]``: slot s from row ``s // slots_of_row`` by its expert, as ``plan`` has them."""
-    _product(rows, weight, None, routing, out, plan, slots_of_row, activation, launch)
+    operands = weight.words, weight.scale_pairs, weight.global_scale, None, routing, out, plan, slots_of_row
+    experts = weight.count, weight.global_stride
+    _product(readable(rows), *operands, *experts, K=rows.shape[1], ACTIVATION=activation, launch=launch)
+
+
+def fp8_linear(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    launch: MmaRows,
+) -> None:
+    """``out [M, N]`` = rows ``[M, K]`` @ weight.T * weight_scale + bias; 16-bit rows, see `reads_bytes_of`."""
+    operands = weight.view(torch.int32), None, weight_scale, bias, None, out
+    _product(to_dot_order(rows), *operands, K=weight.shape[1], ACTIVATION=NO_ACTIVATION, launch=launch)
+
+
+def reads_bytes_of(weight: torch.Tensor) -> bool:
+    """Whether the kernel can read an 8-bit weight ``[N, K]``: 16 bytes at once, row after row."""
+    return weight.is_contiguous() and weight.shape[1] % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
 def _product(
     rows: torch.Tensor,
-    weight: Weight,
+    words: torch.Tensor,
+    scale: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     routing: torch.Tensor | None,
     out: torch.Tensor,
-    plan: Schedule | None,
-    slots_of_row: int,
-    activation: str,
+    plan: Schedule | None = None,
+    slots_of_row: int = 1,
+    count: int = 1,
+    global_stride: int = 0,
+    *,
     launch: MmaRows,
+    **constants: Any,
 ) -> None:
     m, n = out.shape
-    rows = readable(rows)
     blocks = plan.blocks if plan else -(-m // launch.block_m)
     start(
         product_kernel,
         (blocks * -(-n // launch.block_n),),
         rows,
-        weight.words,
-        weight.scale_pairs,
-        weight.global_scale,
+        words,
+        scale,
+        global_scale,
         bias,
         routing,
         out,
@@ -239,11 +295,10 @@ def _product(
         plan.block_ends if plan else None,
         m,
         n,
-        weight.count,
+        count,
         slots_of_row,
         rows.stride(0),
-        weight.global_stride,
-        K=rows.shape[1],
-        ACTIVATION=activation,
+        global_stride,
+        **constants,
         **launch.constants,
     )

@@ -35,7 +35,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if sm := config.getoption("--as-sm"):
-        from fp4pass.bench.older import act_as
+        from fp4pass.lowering.older import act_as
 
         act_as(sm)
 

@@ -2,7 +2,7 @@
 
     python -m fp4pass.bench.tune "nano.out_proj 8 16 | ManyRows(16, 6, room=2)" "256x2688 64 | ..." ...
     python -m fp4pass.bench.tune @FILE     # such lines
-    python -m fp4pass.bench.tune --as-sm 80 "nano.out_proj 512 | MmaRows(64) | MmaRows(128)"     # see older.py
+    python -m fp4pass.bench.tune --as-sm 80 "nano.out_proj 512 | MmaRows(64) | MmaRows(128)"     # see lowering/older.py
 
 Speed alone chooses nothing: a launch may be wrong at some shapes and right at others, or never end. So each is first
 held against float64, in a process of its own and among memory full of NaN; what fails there is not timed.
@@ -158,7 +158,7 @@ def checked(tasks: Sequence[Task], sm: int | None = None) -> Iterator[str]:
 
 def _act_as(sm: int | None) -> None:
     if sm:
-        from fp4pass.bench.older import act_as  # needs Triton
+        from fp4pass.lowering.older import act_as  # needs Triton
 
         act_as(sm)
 
@@ -191,7 +191,7 @@ def compare(trials: Sequence[Trial], device: torch.device, sm: int | None = None
     """A line for each trial with BF16's time, and one for each launch: the tables' first."""
     bf16_product = product
     if sm:
-        from fp4pass.bench.older import bf16_product
+        from fp4pass.lowering.older import bf16_product
     tasks: dict[Trial, list[Task]] = {}
     for trial in trials:
         case = trial.case

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import astuple
 
 import pytest
@@ -123,6 +125,19 @@ def test_only_what_is_right_is_timed(twin, monkeypatch):
 def test_without_a_gpu_it_says_so(capsys):
     assert tune.main(["64x192 4"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_of_an_older_gpu_run_on_this_one():
+    launch = MmaRows(64, high=1)
+    command = [sys.executable, "-m", "fp4pass.bench.tune", "--as-sm", "80", f"1024x256 8 | {launch!r}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    *_, heading, ours, other = said
+    assert heading.startswith("1024x256 1024 x 256, 8 tokens: BF16 ")
+    taken = ARCHS[80].launch(8, torch.bfloat16, FRAGMENTS, columns=1024, depth=256)
+    for line, each in ((ours, taken), (other, launch)):
+        assert float(line.split()[0]) > 0 and line.endswith(repr(each))
 
 
 @pytest.mark.gpu

@@ -63,6 +63,15 @@ def compile_linear(arch: Arch, launch: Launch, dtype: torch.dtype, *, k: int = H
 
 
 @cache
+def compile_fp8(arch: Arch, launch: MmaRows, dtype: torch.dtype, *, k: int = HIDDEN) -> Any:
+    """The dense product with an 8-bit weight of ``k`` columns, with its scale and a bias."""
+    types = {"x": POINTER[dtype], "words": "*i32", "global_scale": "*fp32", "bias": POINTER[dtype]}
+    types |= {"out": POINTER[dtype], "M": "i32", "N": "i32", "stride_xm": "i32"}
+    constants = {"K": k, "ACTIVATION": "none", "EXPERTS": 1, "slots_of_x": 1, "global_stride": 0}
+    return compile_gluon(mma_rows.product_kernel, types, constants, arch, launch)
+
+
+@cache
 def compile_experts(arch: Arch, launch: Launch, dtype: torch.dtype, product: str) -> Any:
     """A product of experts by a schedule: ``up`` (relu2), ``down`` (routing weights), ``direct`` (a slot a block)."""
     down = product == "down"

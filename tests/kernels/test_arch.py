@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 import torch
 
 from fp4pass.errors import DeviceError
-from fp4pass.lowering import arch, reference
+from fp4pass.lowering import arch, heuristics_sm80, reference
 from fp4pass.lowering.heuristics_sm90 import launch
-from fp4pass.lowering.launches import InParts
+from fp4pass.lowering.launches import FewRows, InParts, MmaRows
 from fp4pass.lowering.layout import FRAGMENTS
 
 from .operands import activations, weight
@@ -102,6 +103,34 @@ def test_few_rows_beyond_full_tiles_run_as_the_same_number_of_rows_does(columns,
     assert isinstance(of(512 + 17), InParts) == (wide and (depth >= 4096 or columns == 65536))
     assert isinstance(of(2048 + 64), InParts) == wide
     assert not isinstance(of(192 + 1), InParts) and not isinstance(of(384 + 8), InParts)
+
+
+def test_before_hopper_many_rows_have_tiles_that_fill_the_gpu():
+    """With fewer tiles than multiprocessors warps share K."""
+    for columns, rows, count in itertools.product(HEIGHTS, (33, 64, 65, 200, 1000, 4096), (28, 108)):
+        found = heuristics_sm80.launch(rows, columns, 4096, experts=False, multiprocessors=count)
+        tiles = -(-rows // 64) * -(-columns // 64)
+        assert isinstance(found, MmaRows if tiles > count else FewRows)
+        assert found.block_m <= 2 * rows
+        by_bytes = heuristics_sm80.fp8_launch(rows, columns, count)
+        assert (by_bytes is None) == (rows <= 64 and tiles <= count)
+        assert by_bytes is None or by_bytes.warps == 4
+    assert heuristics_sm80.fp8_launch(32, 1 << 20, 108) is None
+    large = heuristics_sm80.launch(4096, 8192, 8192, experts=False, multiprocessors=128)
+    assert (large.block_m, large.block_n) == (128, 256)
+
+
+def test_a_gpu_has_the_number_of_multiprocessors_that_it_says(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    properties = types.SimpleNamespace(multi_processor_count=28)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    arch._of_index.cache_clear()
+    try:
+        found = arch.target(torch.device("cuda", 3))
+    finally:
+        arch._of_index.cache_clear()
+    assert (found.sm, found.multiprocessors, found.shared_memory) == (86, 28, arch.ARCHS[86].shared_memory)
+    assert arch.ARCHS[86].multiprocessors == 84
 
 
 def test_a_product_in_parts_has_each_row_of_x_from_its_own_launch(monkeypatch):

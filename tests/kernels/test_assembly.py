@@ -96,3 +96,14 @@ def test_lanes_share_their_scales_by_fours(half):
     alone = scales_of(one, half) & 0xFFFF | (scales_of(other, half) & 0xFFFF) << 16
     for lane in range(4):
         assert torch.equal(lanes.registers[f"${lane}"], alone.view(-1, 4)[:, lane].repeat_interleave(4))
+
+
+@HALVES
+def test_every_finite_byte_of_an_8_bit_weight_is_exact(dtype):
+    from fp4pass.lowering.fp8_units import bytes_assembly
+
+    four = torch.stack([SCALE_BYTES.roll(turn) for turn in (0, 1, 17, 100)], -1)
+    machine = Machine(**{"$4": (four << torch.arange(0, 32, 8)).sum(-1)})
+    machine.run(bytes_assembly(dtype == torch.float16))
+    found = torch.stack([number(dtype, machine.registers[f"${place}"]) for place in range(4)], -1)
+    assert_same(found, torch.tensor([e4m3(byte) for byte in four.flatten().tolist()]).double().view_as(found))

@@ -17,7 +17,7 @@ CASES = [
     for generation in arch.ARCHS.values()
     for experts, launch in generation.launches()
     if isinstance(launch, MmaRows)
-    for product in (("up", "down") if experts else ("dense",))
+    for product in (("up", "down") if experts else ("dense", "fp8"))
 ]
 EACH = pytest.mark.parametrize(("generation", "launch", "product"), CASES, scope="module")
 # Where 128 rows of x leave few registers, addresses of x are put aside, and most taken back once in a turn of the loop:
@@ -30,6 +30,8 @@ SHARED, RESERVED, REGISTERS = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10}, 102
 def compiled(generation, launch, product):
     if product == "dense":
         return compiling.compile_linear(generation, launch, torch.bfloat16)
+    if product == "fp8":
+        return compiling.compile_fp8(generation, launch, torch.bfloat16)
     return compiling.compile_experts(generation, launch, torch.bfloat16, product)
 
 
@@ -53,23 +55,26 @@ def test_eight_warps_have_a_place_on_a_multiprocessor(generation, launch, produc
 
 @EACH
 def test_each_weight_is_decoded_once_for_all_rows_of_the_tile(generation, launch, product):
-    """A unit's decoding has two multiplications for its scales and sixteen for its codes, whatever the rows of x."""
+    """A unit's decoding has two multiplications for its scales and sixteen for its codes, whatever the rows of x.
+
+    So have 16 rows of 64 bytes, without scales.
+    """
     code = compiling.operations(compiled(generation, launch, product))
     products = len(compiling.places(code, "HMMA"))
     steps, rest = divmod(products, launch.high * 4 * launch.block_m // 8)
     assert rest == 0 and steps >= launch.slots
-    assert len(compiling.places(code, "HFMA2")) == 18 * launch.high * steps
+    assert len(compiling.places(code, "HFMA2")) == (16 if product == "fp8" else 18) * launch.high * steps
     # x comes out of shared memory in matrices of the tensor core, four at once.
     assert len(compiling.places(code, "LDSM.16.M88.4")) == steps * launch.block_m // 4
 
 
 @EACH
 def test_a_step_has_one_barrier_and_few_instructions_beside_its_products(generation, launch, product):
-    """13 for a word of eight codes, and what reads and copies x, reads the weight and moves pointers."""
+    """13 for a word of eight codes, 20 for as many bytes, and what reads x and the weight, and moves pointers."""
     code = compiling.operations(compiled(generation, launch, product))
     begin = compiling.places(code, "HMMA")[0]
     turn = code[begin : min(place for place in compiling.places(code, "BRA") if place > begin)]
     products = len(compiling.places(turn, "HMMA"))
     assert products == launch.slots * launch.high * 4 * launch.block_m // 8
     assert len(compiling.places(turn, "BAR")) < launch.slots
-    assert (len(turn) - products) / (launch.slots * launch.high * 16) < 13
+    assert (len(turn) - products) / (launch.slots * launch.high * 16) < (21 if product == "fp8" else 13)

@@ -22,7 +22,7 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.testing import do_bench
 
-from fp4pass.lowering import arch
+from . import arch
 
 
 class _OlderDriver(CudaDriver):
@@ -55,6 +55,7 @@ def act_as(sm: int) -> None:
     knobs.runtime.add_stages_inspection_hook = assemble_for_actual
     driver.set_active(_OlderDriver(sm))
     arch._sm_of_index = lambda index: sm
+    arch._of_index.cache_clear()
 
 
 def _tile(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
