@@ -23,6 +23,8 @@ ROWS = (1, 5, 12, 14, 17, 33, 65, 129, 257, 449)
 ROWS_OF_EXPERT = (0, *ROWS)
 # Their heights choose between the launches of dense products, and their depths; none is a multiple of a tile's.
 DENSE = [(n, k) for n in (208, 1040, 3088, 4240, 8208) for k in (192, 4160)] + [(8208, 8256), (65552, 192)]
+# Before Hopper also how many multiprocessors the GPU has.
+DENSE += [(n, 192) for n in (12304, 16400, 24592)]
 EXPERTS, WIDTHS = 3, (208, 192)
 
 
