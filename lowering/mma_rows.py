@@ -5,8 +5,7 @@
 A program has a tile: HIGH rows of units of the weight for each of its warps, and BLOCK_M rows of x. At a step each warp
 decodes its units of 64 columns into the left operand of ``mma.sync``, where they stay while the step's columns of x
 pass by, CHUNK rows at a time, from one of SLOTS slots in shared memory. So no decoded weight goes through shared
-memory, and each is decoded once for all rows of the tile. What comes is on its way: AHEAD steps of the weight, SLOTS - 1
-of x.
+memory, and each is decoded once for all rows of the tile. AHEAD steps of the weight are on their way, SLOTS - 1 of x.
 
 For SM80 and later, bfloat16 and float16. The weight is an NVFP4 one in layout ``fragments``, or has 8-bit numbers in
 rows (fp8_units.py), as ``scale`` None says.
