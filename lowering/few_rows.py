@@ -301,7 +301,7 @@ def linear(
     m, k = rows.shape
     n = out.shape[1]
     rows = readable(rows)
-    constants = launch.constants
+    constants = dict(launch.constants)
     high = max(1, min(launch.high, n // (16 * launch.across)))
     tiles = -(-(n // 16) // (launch.across * high)), -(-m // launch.block_m)
     if tiles[0] * tiles[1] > launch.room * multiprocessors(rows.device):

@@ -6,6 +6,8 @@ Chosen by what SM80's kernels take on an H200 (older.py), whose tensor cores do 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from .launches import ANY, FewRows, Launch, Launches, MmaRows, taken
 
 _ONE = FewRows(4, 16, 1)
@@ -54,6 +56,8 @@ _LEAST_HIGH, _LEAST_WIDE, _LEAST_USUAL = 3072, 8192, 4096
 _HEAVY = 1 << 26
 
 
+# Asked at each call of an op, for the same sizes again and again.
+@lru_cache(maxsize=1 << 12)
 def launch(rows: int, columns: int, depth: int, *, experts: bool, multiprocessors: int) -> Launch:
     """The launch for ``rows`` of x and a weight ``[columns, depth]``; for ``experts`` the rows to expect of one."""
     if experts:

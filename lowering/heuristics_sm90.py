@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from .launches import ANY, FewRows, InParts, Launch, Launches, ManyRows, taken
 
@@ -116,6 +117,8 @@ _HEAVY = 1 << 26
 _LEAST_DEPTH = 192
 
 
+# Asked at each call of an op, for the same sizes again and again.
+@lru_cache(maxsize=1 << 12)
 def launch(rows: int, columns: int, depth: int, *, experts: bool) -> Launch | InParts | None:
     """The launch for ``rows`` of x and a weight ``[columns, depth]``; None where there is none.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 ANY = 1 << 62
 
@@ -33,7 +34,7 @@ class FewRows:
     def __str__(self) -> str:
         return f"few rows: {self.block_m}x{16 * self.across * self.high}, {self.warps} warps"
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         """Keywords for its kernels. ``LEAST_KIB``: of shared memory, to be taken by a program."""
         return {
@@ -90,7 +91,7 @@ class ManyRows:
         """
         return (16 if self.block_m >= 128 else 8) // self.deep
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         """Keywords for its kernel. The warps are those of one group of multipliers.
 
@@ -139,7 +140,7 @@ class MmaRows:
         """Rows of the weight in a tile."""
         return 16 * self.warps * self.high
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         """Keywords for its kernel."""
         return {
