@@ -1,6 +1,6 @@
 # ruff: noqa: ANN001, ANN201, RUF005  (kernels: Triton types the parameters, and compiles no starred tuple)
 
-"""How few_rows.py reads: units of the weight, each warp its own, and the columns of x that belong to them.
+"""How few_rows.py reads, and mma_rows.py: units of the weight, each warp its own, and the columns of x for them.
 
 A *step* is SPLIT units along K of ACROSS rows of units, one for each warp. x comes through shared memory: a single row
 as a whole, several rows a step at a time, each into a *slot*.

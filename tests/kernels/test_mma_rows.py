@@ -90,3 +90,12 @@ def test_a_step_has_one_barrier_and_few_instructions_beside_its_products(generat
     assert products == launch.slots * launch.high * 4 * launch.block_m // 8
     assert len(compiling.places(turn, "BAR")) < launch.slots
     assert (len(turn) - products) / (launch.slots * launch.high * 16) < (21 if product == "fp8" else 13)
+
+
+def test_of_bytes_the_last_step_may_have_fewer_columns():
+    """It is multiplied like the others: its loads are masked."""
+    launch = MmaRows(64, high=1)
+    for k, steps in ((48, 1), (80, 2), (208, 4)):
+        code = compiling.operations(compiling.compile_fp8(arch.ARCHS[80], launch, torch.bfloat16, k=k))
+        assert len(compiling.places(code, "HMMA")) == steps * 4 * launch.block_m // 8
+        assert any(line.startswith("LDG.E.128") for line in code)
