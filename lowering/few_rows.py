@@ -22,16 +22,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from .arch import multiprocessors
 from .decode import undo_factor
 from .launches import FewRows
-from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout, steps_along
-from .operands import Schedule, Weight
+from .loads import fetch, first_tokens, memory_layout, next_tokens, rows_layout, steps_along, sums_layout
+from .operands import Schedule, Weight, readable, tensors_of
 from .start import start
 from .units import UNIT_SCALES, activate, decode_units, let_next_begin, wait_for_last
-
-
-@gluon.constexpr_function
-def sums_layout(split, across):
-    """Of all warps' sums ``[split, 16 * rows of units, block_m]``."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[split, across, 1], instr_shape=[1, 16, 8])
 
 
 @gluon.constexpr_function
@@ -354,10 +348,7 @@ def expert_product(
         weight.global_scale,
         routing,
         out,
-        plan.experts,
-        plan.order,
-        plan.ends,
-        plan.block_ends,
+        *tensors_of(plan),
         n,
         weight.count,
         slots_of_row,
@@ -369,10 +360,3 @@ def expert_product(
         launch_pdl=chained > 0,
         **launch.constants,
     )
-
-
-def readable(rows: torch.Tensor) -> torch.Tensor:
-    """``rows``, or a copy where Triton could not tell that each begins at a multiple of 16 bytes, as copies need."""
-    if rows.stride(0) % 16 or rows.data_ptr() % 16:
-        return rows.clone(memory_format=torch.contiguous_format)
-    return rows

@@ -1,7 +1,6 @@
 """Which launch a product gets on Ampere and Ada, for heights of its weight and numbers of rows of x.
 
-Chosen by what SM80's kernels take on an H200 (older.py), whose tensor cores do a quarter more with
-``mma.sync`` than those of an A100, and whose memory twice as much: beside each other, not on such GPUs.
+Chosen by what SM80's kernels take on an H200 (older.py), beside each other: no GPU of these generations was at hand.
 """
 
 from __future__ import annotations

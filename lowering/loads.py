@@ -28,8 +28,14 @@ def next_power_of_two(number):
 
 @gluon.constexpr_function
 def steps_along(k, split):
-    """Steps in which so many warps read the units of K."""
-    return (k // 64 + split - 1) // split
+    """Steps in which so many warps read the units of K, of which the last may not be whole."""
+    return -(-k // (64 * split))
+
+
+@gluon.constexpr_function
+def sums_layout(split, across):
+    """Of all warps' sums ``[split, 16 * rows of units, block_m]``."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[split, across, 1], instr_shape=[1, 16, 8])
 
 
 @gluon.constexpr_function

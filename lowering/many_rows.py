@@ -34,7 +34,7 @@ from .exchange import collect, leave, places
 from .gather import by_expert
 from .launches import ManyRows
 from .loader import load
-from .operands import Schedule, Weight
+from .operands import Schedule, Weight, tensors_of
 from .reference import NO_ACTIVATION
 from .sharing import rows_of_box, shares, stretch
 from .start import start
@@ -269,10 +269,7 @@ def _product(
         routing,
         out,
         *places(rows, programs, launch),
-        plan.experts if plan else None,
-        plan.order if plan else None,
-        plan.ends if plan else None,
-        plan.block_ends if plan else None,
+        *tensors_of(plan),
         m,
         out.shape[1],
         weight.count,

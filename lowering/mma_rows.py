@@ -21,11 +21,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .decode import to_dot_order, undo_factor
-from .few_rows import readable, sums_layout
 from .fp8_units import decode_bytes, fetch_bytes
 from .launches import MmaRows
-from .loads import copy_async, copy_layout, fetch, rows_layout, slot_layout, tokens_layout
-from .operands import Schedule, Weight
+from .loads import copy_async, copy_layout, fetch, rows_layout, slot_layout, steps_along, sums_layout, tokens_layout
+from .operands import Schedule, Weight, readable, tensors_of
 from .reference import NO_ACTIVATION
 from .sharing import place, rows_of_block
 from .start import start
@@ -33,12 +32,6 @@ from .units import UNIT_COLUMNS, activate, decode_units
 
 # Rows of x that are in registers at once.
 CHUNK = gl.constexpr(64)
-
-
-@gluon.constexpr_function
-def steps_of(k):
-    """Steps in which K is read. Of an NVFP4 weight none is ragged, as it has whole units."""
-    return -(-k // 64)
 
 
 @gluon.jit
@@ -105,7 +98,7 @@ def take_step(state, slots, at, step, x, x_rows, weight, units, K: gl.constexpr,
     """(sums, the units of ``step`` and of some that follow), one step on. ``at``: the number of the step's slot."""
     sums, units_ahead = state
     AHEAD: gl.constexpr = len(units_ahead)
-    STEPS: gl.constexpr = steps_of(K)
+    STEPS: gl.constexpr = steps_along(K, 1)
     SLOTS: gl.constexpr = len(slots)
     following = ()
     for later in gl.static_range(1, AHEAD):
@@ -166,7 +159,7 @@ def product_kernel(
 ):
     """A tile of ``out [M, N]``, or of the rows of one block of experts: see ``expert_product_kernel`` in moe.py."""
     ACROSS: gl.constexpr = gl.num_warps()
-    STEPS: gl.constexpr = steps_of(K)
+    STEPS: gl.constexpr = steps_along(K, 1)
     STORED: gl.constexpr = gl.SliceLayout(0, stored_layout(ACROSS))
     M_AT_ONCE: gl.constexpr = min(CHUNK, BLOCK_M)
     plan = (experts, ends, block_ends, order)
@@ -289,10 +282,7 @@ def _product(
         bias,
         routing,
         out,
-        plan.experts if plan else None,
-        plan.order if plan else None,
-        plan.ends if plan else None,
-        plan.block_ends if plan else None,
+        *tensors_of(plan),
         m,
         n,
         count,

@@ -20,7 +20,7 @@ from . import few_rows, many_rows, mma_rows
 from .arch import Arch, Tile, rows_of_expert, target
 from .decode import natural_position, to_dot_order
 from .launches import FewRows, ManyRows, MmaRows
-from .operands import Schedule, Weight, has_dot_order, launch_for, rows_of
+from .operands import Schedule, Weight, has_dot_order, launch_for, rows_of, tensors_of
 from .reference import NO_ACTIVATION, expert_of_row
 from .schedule import schedule
 from .start import start
@@ -149,10 +149,9 @@ def gathered_linear(
     weight, rows, ids = Weight(codes, scale, global_scale, layout), rows_of(x), ids.contiguous()
     launch = launch_for(arch, rows_of_expert(len(ids), weight.count), x, weight, asm=asm, experts=True)
     plan = schedule(ids, weight.count, launch.block_m)
-    if isinstance(launch, FewRows):
-        few_rows.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
-    elif isinstance(launch, MmaRows):
-        mma_rows.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
+    if isinstance(launch, FewRows | MmaRows):
+        kernel = few_rows if isinstance(launch, FewRows) else mma_rows
+        kernel.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
     elif isinstance(launch, ManyRows):
         many_rows.gathered(plan, rows, weight, out, launch)
     else:
@@ -239,15 +238,12 @@ def _experts_of(
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
     # On Hopper these begin while the kernel before them ends.
     dependent = arch.wgmma and not isinstance(launch, Tile)
-    if isinstance(launch, FewRows):
+    if isinstance(launch, FewRows | MmaRows):
+        kernel = few_rows if isinstance(launch, FewRows) else mma_rows
         hidden = x.new_empty((flat.shape[0], inner))
-        chained = (1, 2) if dependent else (0, 0)
-        few_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch, chained[0])
-        few_rows.expert_product(plan, hidden, 1, down, routing, slots, NO_ACTIVATION, launch, chained[1])
-    elif isinstance(launch, MmaRows):
-        hidden = x.new_empty((flat.shape[0], inner))
-        mma_rows.expert_product(plan, x, choices, up, None, hidden, activation, launch)
-        mma_rows.expert_product(plan, hidden, 1, down, routing, slots, NO_ACTIVATION, launch)
+        chained = ((1,), (2,)) if dependent else ((), ())
+        kernel.expert_product(plan, x, choices, up, None, hidden, activation, launch, *chained[0])
+        kernel.expert_product(plan, hidden, 1, down, routing, slots, NO_ACTIVATION, launch, *chained[1])
     elif isinstance(launch, ManyRows):
         many_rows.experts(plan, x, choices, up, down, routing, slots, activation, launch)
     else:
@@ -301,10 +297,7 @@ def _product(
         weight.global_scale,
         routing,
         out.tensor,
-        plan.experts,
-        plan.order,
-        plan.ends,
-        plan.block_ends,
+        *tensors_of(plan),
         n,
         columns,
         weight.count,

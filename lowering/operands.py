@@ -67,6 +67,11 @@ class Schedule:
     block_ends: torch.Tensor | None = None
 
 
+def tensors_of(plan: Schedule | None) -> tuple[torch.Tensor | None, ...]:
+    """The experts, order, ends and block ends of a schedule, as kernels take them; none for a dense product."""
+    return (None,) * 4 if plan is None else (plan.experts, plan.order, plan.ends, plan.block_ends)
+
+
 def launch_for(
     arch: Arch, rows: int, x: torch.Tensor, weight: Weight, *, asm: bool, experts: bool = False
 ) -> Launch | InParts | Tile:
@@ -88,6 +93,13 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     """``x [..., K]`` as a matrix ``[M, K]`` with contiguous rows at any distance; a copy only where they are not."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def readable(rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, or a copy where Triton could not tell that each begins at a multiple of 16 bytes, as copies need."""
+    if rows.stride(0) % 16 or rows.data_ptr() % 16:
+        return rows.clone(memory_format=torch.contiguous_format)
+    return rows
 
 
 def words_of(codes: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from fp4pass.bench.clock import copies, microseconds, relative_error, roofline
 from fp4pass.bench.command import gpu, machine
 from fp4pass.bench.table import header
 from fp4pass.errors import Fp4passError, OptionError
-from fp4pass.lowering.arch import Arch, Tile, target
+from fp4pass.lowering.arch import ARCHS, Arch, Tile, target
 from fp4pass.lowering.launches import FewRows, InParts, ManyRows, MmaRows
 from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
 
@@ -196,8 +196,8 @@ def compare(trials: Sequence[Trial], device: torch.device, sm: int | None = None
     for trial in trials:
         case = trial.case
         taken = target(device).launch(trial.tokens, torch.bfloat16, FRAGMENTS, columns=case.n, depth=case.k)
-        every = dict.fromkeys((taken, *trial.tried))
-        tasks[trial] = [(each, case.n, case.k, trial.tokens, device) for each in every]
+        launches = dict.fromkeys((taken, *trial.tried))
+        tasks[trial] = [(each, case.n, case.k, trial.tokens, device) for each in launches]
     every = list(dict.fromkeys(itertools.chain.from_iterable(tasks.values())))
     wrong = dict(zip(every, checked(every, sm), strict=True))
     for case, same in itertools.groupby(tasks, lambda trial: trial.case):
@@ -231,7 +231,7 @@ def main(given: Sequence[str] | None = None) -> int:
         metavar="TRIAL",
         help="'SHAPE TOKENS ... | LAUNCH | LAUNCH ...', with SHAPE a name or NxK; @FILE: a line for each",
     )
-    parser.add_argument("--as-sm", type=int, metavar="SM", help="the kernels of an older generation, on this GPU")
+    parser.add_argument("--as-sm", type=int, choices=ARCHS, help="the kernels of an older generation, on this GPU")
     arguments = parser.parse_args(given)
     lines = filter(str.strip, arguments.trials)
     try:
@@ -241,7 +241,9 @@ def main(given: Sequence[str] | None = None) -> int:
     except Fp4passError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{header(machine(device))}\nmicroseconds, time of BF16 over it; the first launch is what the tables have")
+    kernels = f"kernels of SM{arguments.as_sm}, " if arguments.as_sm else ""
+    print(header(machine(device)))
+    print(f"{kernels}microseconds, time of BF16 over it; the first launch is what the tables have")
     for line in compare(trials, device, arguments.as_sm):
         print(line, flush=True)
     return 0
