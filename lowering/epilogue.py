@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .decode import undo_factor
-from .sharing import box_at, place, rows_of_block, rows_of_box
+from .sharing import box_at, rows_of_box
 from .units import activate
 
 GROUP_ROWS = gl.constexpr(64)  # of the weight, which are columns of the result
@@ -32,22 +32,20 @@ def shared_factor(plan, result):
 
 
 @gluon.jit
-def finish(acc, factor, tile, tiles, plan, result, GROUP: gl.constexpr, ACROSS: gl.constexpr, ACTIVATION: gl.constexpr):
-    """Global scale, bias, activation and routing weight, then the group's columns of the tile's rows of ``out``."""
+def finish(acc, factor, begin, rows, plan, result, BM: gl.constexpr, BAND: gl.constexpr, ACTIVATION: gl.constexpr):
+    """Global scale, bias, activation and routing weight, then 64 columns of ``out`` from ``begin`` on, of a band.
+
+    rows: (expert, first row of the band, end of the tile's rows).
+    """
     out, M, N, global_scale, global_stride, bias, weights, order = result
-    tile_m, tile_n = place(tile, tiles, plan)
-    first = tile_m * acc.shape[1]
-    end = M
-    if plan[0] is not None:
-        expert, first, end = rows_of_block(tile_m, plan, acc.shape[1])
-        if global_scale is not None:
-            factor = factor * gl.load(global_scale + expert * global_stride)
+    expert, first, end = rows
+    if plan[0] is not None and global_scale is not None:
+        factor = factor * gl.load(global_scale + expert * global_stride)
     acc = acc * factor
-    begin = (tile_n * ACROSS + GROUP) * GROUP_ROWS
     if bias is not None:
         column = begin + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, acc.type.layout))
         acc += gl.load(bias + column, mask=column < N, other=0.0).to(gl.float32)[:, None]
-    store_rows(activate(acc, ACTIVATION), begin, first, end, plan, result)
+    store_rows(activate(acc, ACTIVATION), begin, first, end, plan, result, BM, BAND)
 
 
 @gluon.constexpr_function
@@ -58,12 +56,12 @@ def stored_layout(bits):
 
 
 @gluon.constexpr_function
-def rows_at_once(bm, bits):
+def rows_at_once(box, bm, bits):
     """How many rows of 64 numbers a group turns in shared memory at a time: 16 KiB of a high tile, else 4.
 
     No more than a box has, whose rows follow each other.
     """
-    return min(rows_of_box(bm), ((16 if bm >= 128 else 4) << 13) // (GROUP_ROWS.value * bits))
+    return min(box, ((16 if bm >= 128 else 4) << 13) // (GROUP_ROWS.value * bits))
 
 
 @gluon.jit
@@ -83,24 +81,23 @@ def pieces(acc, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(acc, begin, first, end, plan, result):
-    """``acc [64, BM]``, columns from ``begin`` on, to the rows of ``out`` from ``first`` to ``end``.
+def store_rows(acc, begin, first, end, plan, result, BM: gl.constexpr, BAND: gl.constexpr):
+    """``acc [64, rows of a band]``, columns from ``begin`` on, to the rows of ``out`` from ``first`` to ``end``.
 
     With ``weights`` to those that ``order`` says, and multiplied. Left to itself, the compiler turns 2 KiB at a time.
     """
     out, M, N, global_scale, global_stride, bias, weights, order = result
     DTYPE: gl.constexpr = out.dtype.element_ty
-    BM: gl.constexpr = acc.shape[1]
-    BOX: gl.constexpr = rows_of_box(BM)
+    BOX: gl.constexpr = rows_of_box(BM, BAND)
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
-    ROWS: gl.constexpr = rows_at_once(BM, BITS)
+    ROWS: gl.constexpr = rows_at_once(BOX, BM, BITS)
     STORED: gl.constexpr = stored_layout(BITS)
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
     parts = pieces(acc.to(DTYPE), ROWS)
     rows, routing = (), ()
     for part in gl.static_range(len(parts)):
         box = first + part * ROWS // BOX * BOX
-        row = box_at(box, M, plan, BM) + part * ROWS % BOX + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
+        row = box_at(box, M, plan, BM, BAND) + part * ROWS % BOX + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
         live = (row >= box) & (row < end)
         if weights is not None:
             row = gl.load(order + row, mask=live, other=-1).to(gl.int32)

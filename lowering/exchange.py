@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, RUF059  (kernels: Triton types the parameters; tuples are shared out by place)
+# ruff: noqa: ANN001, ANN201, RUF005, RUF059  (kernels: Triton types the parameters, and compiles no starred tuple)
 
 """How programs of many_rows.py that share a tile add up: who begins it collects the sums that the others leave.
 
@@ -17,6 +17,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .bands import begin_of
 from .epilogue import GROUP_ROWS, halves, in_registers, side_by_side, sums_layout
 from .launches import ManyRows
 
@@ -150,25 +151,36 @@ def wait_for(flags, count, STRIDE: gl.constexpr):
 
 
 @gluon.jit
-def leave(acc, parts, share, GROUP: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr):
-    """Leave the sums to the program that began the tile."""
+def leave(
+    accs,
+    bands,
+    parts,
+    share,
+    GROUP: gl.constexpr,
+    ACROSS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BM: gl.constexpr,
+    BAND: gl.constexpr,
+):
+    """Leave the sums of so many bands to the program that began the tile."""
     sums, flags, each, total = parts
     begin, count, shared, me = share
     slot = me * ACROSS + GROUP
-    if in_packets(acc.shape[1], SPLIT):
-        send(acc, sums, slot)
+    if in_packets(BM, SPLIT):
+        send(accs[0], sums, slot)
     else:
-        mine = side_by_side(acc)
-        LAYOUT: gl.constexpr = mine.type.layout
-        SIZE: gl.constexpr = mine.shape[0]
-        gl.store(sums + slot.to(gl.int64) * SIZE + gl.arange(0, SIZE, layout=LAYOUT), mine)
+        for nth in gl.static_range(len(accs)):
+            if nth < bands:
+                mine = side_by_side(accs[nth])
+                gl.store(in_slot(sums, slot, mine, begin_of(nth, BM, BAND), BM), mine)
         barrier()
         gl.atomic_xchg(flags + slot, gl.to_tensor(PRESENT), sem="release")
 
 
 @gluon.jit
 def collect(
-    acc,
+    accs,
+    bands,
     parts,
     share,
     last,
@@ -177,9 +189,11 @@ def collect(
     ACROSS: gl.constexpr,
     SPLIT: gl.constexpr,
     STEPS: gl.constexpr,
+    BM: gl.constexpr,
+    BAND: gl.constexpr,
     AT_ONCE: gl.constexpr,
 ):
-    """``acc`` of the steps before ``last`` plus, in order, what every SPLIT-th of the following programs has left.
+    """``accs`` of the steps before ``last`` plus, in order, what every SPLIT-th of the following programs has left.
 
     Without packets AT_ONCE of their sums are on their way at once.
     """
@@ -188,35 +202,48 @@ def collect(
     nearest = (me + 1 + PART) * ACROSS + GROUP
     STRIDE: gl.constexpr = SPLIT * ACROSS
     others = gl.cdiv(gl.cdiv(STEPS - last, each) - PART, SPLIT)
-    if in_packets(acc.shape[1], SPLIT):
-        return receive(acc, sums, nearest, others, STRIDE)
+    if in_packets(BM, SPLIT):
+        return (receive(accs[0], sums, nearest, others, STRIDE),)
     wait_for(flags + nearest, others, STRIDE)
-    return plus(acc, (sums, nearest, others), STRIDE, 0, acc.shape[0] * acc.shape[1], AT_ONCE)
+    added = ()
+    for nth in gl.static_range(len(accs)):
+        slots = (sums, nearest, gl.where(nth < bands, others, 0))
+        added = added + (plus(accs[nth], slots, STRIDE, begin_of(nth, BM, BAND), BM, AT_ONCE),)
+    return added
 
 
 @gluon.jit
-def plus(acc, slots, STRIDE: gl.constexpr, FIRST: gl.constexpr, SIZE: gl.constexpr, AT_ONCE: gl.constexpr):
-    """``acc`` plus, from FIRST on, what stands in so many slots of SIZE sums, STRIDE apart.
+def in_slot(sums, slot, like, FIRST: gl.constexpr, BM: gl.constexpr):
+    """Where in a slot of ``64 * BM`` sums those of the rows of x from FIRST on are, as a vector of this size."""
+    SIZE: gl.constexpr = like.shape[0]
+    return (
+        sums
+        + (slot.to(gl.int64) * (GROUP_ROWS * BM) + GROUP_ROWS * FIRST)
+        + gl.arange(0, SIZE, layout=like.type.layout)
+    )
+
+
+@gluon.jit
+def plus(acc, slots, STRIDE: gl.constexpr, FIRST: gl.constexpr, BM: gl.constexpr, AT_ONCE: gl.constexpr):
+    """``acc`` plus, of the rows of x from FIRST on, what stands in so many slots, STRIDE apart.
 
     Of more than PIECE rows of x a half at a time: a whole tile's sums twice are more than there are registers.
     """
     sums, nearest, others = slots
     if acc.shape[1] > PIECE:
         left, right = halves(acc)
-        left = plus(left, slots, STRIDE, FIRST, SIZE, AT_ONCE)
-        right = plus(right, slots, STRIDE, FIRST + GROUP_ROWS * right.shape[1], SIZE, AT_ONCE)
+        left = plus(left, slots, STRIDE, FIRST, BM, AT_ONCE)
+        right = plus(right, slots, STRIDE, FIRST + right.shape[1], BM, AT_ONCE)
         both = gl.join(left, right).permute([0, 2, 1]).reshape([GROUP_ROWS, acc.shape[1]])
         return gl.convert_layout(both, acc.type.layout, assert_trivial=True)
     else:
         mine = side_by_side(acc)
-        LAYOUT: gl.constexpr = mine.type.layout
-        within = gl.arange(0, mine.shape[0], layout=LAYOUT)
         for first in range(0, others, AT_ONCE):
             for ahead in gl.static_range(AT_ONCE):
                 other = first + ahead
-                slot = (nearest + other * STRIDE).to(gl.int64) * SIZE
-                live = gl.full(mine.shape, other, gl.int32, layout=LAYOUT) < others
-                mine += gl.load(sums + (slot + FIRST) + within, mask=live, other=0.0, cache_modifier=".cg")
+                where = in_slot(sums, nearest + other * STRIDE, mine, FIRST, BM)
+                live = gl.full(mine.shape, other, gl.int32, layout=mine.type.layout) < others
+                mine += gl.load(where, mask=live, other=0.0, cache_modifier=".cg")
         return in_registers(mine, acc)
 
 

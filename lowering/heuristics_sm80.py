@@ -43,12 +43,13 @@ _EXPERTS = (
 _SHARED, _MORE_SHARED = FewRows(8, 4, 64, across=4, slots=4), FewRows(8, 4, 32, across=2, slots=4)
 Timed = tuple[MmaRows, tuple[float, ...]]
 # Else tiles, and what a step of 64 columns takes, in microseconds, where a multiprocessor has one, two, ... of them.
-_TILES: tuple[Timed, ...] = (
+_SMALLER_TILES: tuple[Timed, ...] = (
     (MmaRows(64, high=1), (0.43, 0.53, 0.73, 0.96, 1.2)),
-    (MmaRows(64, ahead=2), (0.55, 0.8, 1.35)),
-    (MmaRows(128), (1.03, 1.52)),
-    (MmaRows(128, warps=8), (1.5,)),
+    (MmaRows(64, ahead=2), (0.55, 0.8)),
 )
+_TILES = (*_SMALLER_TILES, (MmaRows(64, registers=168), (0.57, 0.83, 1.16)), (MmaRows(128, warps=8), (1.5,)))
+# 8-bit weights take longer to decode, for which the largest tile has the fewest warps, and fewer registers are too few.
+_TILES_OF_BYTES = (*_SMALLER_TILES, (MmaRows(128), (1.03, 1.52)))
 _SMALLEST = _TILES[0][0]
 _LEAST_HIGH, _LEAST_WIDE, _LEAST_USUAL = 3072, 8192, 4096
 # A weight of so many elements has tiles enough for every multiprocessor, as a high one has.
@@ -73,8 +74,7 @@ def fp8_launch(rows: int, columns: int, multiprocessors: int) -> MmaRows | None:
     """That for an 8-bit weight of ``columns`` rows; None for tiles, which split K where there is one row of them."""
     if rows <= 32 or (rows <= 64 and _tiles(rows, columns, _SMALLEST) <= multiprocessors):
         return None
-    # Such weights take longer to decode, for which the widest tile has the fewest warps.
-    return _fastest(_TILES[:-1], rows, columns, multiprocessors)
+    return _fastest(_TILES_OF_BYTES, rows, columns, multiprocessors)
 
 
 def _fastest(tiles: tuple[Timed, ...], rows: int, columns: int, multiprocessors: int) -> MmaRows:

@@ -93,11 +93,12 @@ _EXPERTS = (
     (32, ManyRows(32, 4, 2)),
     (64, ManyRows(64, 3, 2)),
     (128, _MIDDLE),
-    (ANY, _LARGE),
+    # Some have fewer rows than others, and each a last tile that is not full.
+    (ANY, replace(_LARGE, band=64)),
 )
 # From how many rows on a weight is low, medium and so on; below that it is narrow. Up to medium ones two rows of tiles
 # fill the multiprocessors of an H200 at most once; full ones nearly, by 32 rows a program.
-_LEAST_LOW, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 3072, 3969, 4225
+_LEAST_LOW, _LEAST_FOR_SIX, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 2561, 3072, 3969, 4225
 LEAST_WIDE, _LEAST_WIDER, _LEAST_HUGE = 8192, 10561, 65536
 # Its columns.
 _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
@@ -105,12 +106,12 @@ _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
 # of them less than one that is half empty. For 520 and 1,100 rows of x they took 0.76 to 1.02 times as long on an H200.
 # With more rows it is a smaller part of the whole.
 _MOST_IN_HALVES = 3072
+# Tiles of 192 rows, for so many rows of x that one row of them is full, or three. Each takes 0.86 times as long as one
+# of 256, and both other sizes take four such rows of tiles, or five halves.
+_IN_BANDS = ((ANY, ManyRows(192, 5, deep=1, band=64)),)
 # How many rows beyond full tiles have a launch of their own, as was fastest on an H200: of a weight with many tiles, or
 # where there are many such rows of tiles before; of one with fewer. Low and high weights lose by it.
 _MOST_LEFT_OVER, _FEWER_LEFT_OVER, _MANY_TILES = 64, 16, 16
-# Up to so many rows of a weight two rows of its tiles run at once, which is as fast as one and the rest, unless K is
-# long and the rest is little.
-_MOST_FOR_TWO = 8448
 # A weight of so many elements has tiles enough for every multiprocessor, as a wide one has.
 _HEAVY = 1 << 26
 # Triton 3.6 does not compile many_rows.py for a single step.
@@ -124,9 +125,10 @@ def launch(rows: int, columns: int, depth: int, *, experts: bool) -> Launch | In
 
     For ``experts`` these are the rows to expect of one.
     """
-    table = _EXPERTS if experts else _table(columns, depth)
+    in_bands = not experts and _fills_three_quarters(rows, columns, depth)
+    table = _EXPERTS if experts else _IN_BANDS if in_bands else _table(columns, depth)
     found = _taken(table, rows, depth)
-    if experts or not isinstance(found, ManyRows):
+    if experts or in_bands or not isinstance(found, ManyRows):
         return found
     tiles, left = divmod(rows, _MIDDLE.block_m)
     if 0 < left <= _most_left_over(tiles, columns, depth):
@@ -141,14 +143,23 @@ def _taken(table: Launches, rows: int, depth: int) -> Launch | None:
     return None if isinstance(found, ManyRows) and depth < _LEAST_DEPTH else found
 
 
+def _fills_three_quarters(rows: int, columns: int, depth: int) -> bool:
+    """Whether rows of x fill one, three or six rows of tiles of 192 and no more of 256, and that is fastest."""
+    wide, low = _is_wide(columns, depth), _LEAST_LOW <= columns < _LEAST_MEDIUM
+    if 128 < rows <= 192:
+        return wide or columns >= _LEAST_HIGH
+    if 512 < rows <= 576:
+        return low or (columns >= _LEAST_HIGH and not (wide and depth >= _LEAST_LONG))
+    # Six rows of tiles of such a weight run at once.
+    return 1024 < rows <= 1152 and _LEAST_FOR_SIX <= columns < _LEAST_MEDIUM
+
+
 def _most_left_over(tiles: int, columns: int, depth: int) -> int:
     """How many rows of x after so many full middle tiles have a launch of their own."""
-    # Alone they have one anyway; after an odd number of tiles, half of a largest one takes them.
-    if tiles == 0 or (tiles > 1 and tiles % 2):
+    # Fewer tiles have other launches; after an odd number of them, half of a largest one takes what is left.
+    if tiles <= 1 or tiles % 2:
         return 0
-    wide, two_at_once = _is_wide(columns, depth), tiles == 1 and columns <= _MOST_FOR_TWO
-    if two_at_once:
-        return _FEWER_LEFT_OVER if wide and depth >= _LEAST_LONG else 0
+    wide = _is_wide(columns, depth)
     if wide and (depth >= _LEAST_USUAL or columns >= _LEAST_HUGE or tiles >= _MANY_TILES):
         return _MOST_LEFT_OVER
     return _FEWER_LEFT_OVER if wide or _LEAST_MEDIUM <= columns < _LEAST_HIGH else 0
@@ -157,7 +168,7 @@ def _most_left_over(tiles: int, columns: int, depth: int) -> int:
 def tables() -> tuple[tuple[Launches, ...], Launches]:
     """Those of dense products, and that of experts."""
     low = (_NARROW, _LOW, _LOW_LONG, _MEDIUM_SHORT, _MEDIUM, _MEDIUM_LONG, _HIGH)
-    return (*low, _WIDE_SHORT, _WIDER_SHORT, _WIDE, _WIDE_LONG, _HUGE), _EXPERTS
+    return (*low, _WIDE_SHORT, _WIDER_SHORT, _WIDE, _WIDE_LONG, _HUGE, _IN_BANDS), _EXPERTS
 
 
 def _table(columns: int, depth: int) -> Launches:

@@ -54,7 +54,7 @@ class ManyRows:
     ``room``: for how many programs a multiprocessor has registers; where for more than it gets of one kernel, those of
     the next one load their first weights while it ends. ``deep``: how many times 64 columns a stage has. ``across``:
     groups of multipliers side by side along the weight's rows, 64 each; ``split``: 2 where two such share the steps of
-    K.
+    K. ``band``: rows of x in the last band of a tile (bands.py); all of them, unless given.
     """
 
     block_m: int
@@ -64,6 +64,11 @@ class ManyRows:
     deep: int = 2
     across: int = 2
     split: int = 1
+    band: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.band:
+            object.__setattr__(self, "band", self.block_m)
 
     def __str__(self) -> str:
         return f"many rows: {self.block_m}x{self.block_n}, {self.stages} stages"
@@ -104,6 +109,7 @@ class ManyRows:
         registers = min(240, (share * (groups + 1) - 24) // groups // 8 * 8)
         return {
             "BM": self.block_m,
+            "BAND": self.band,
             "STAGES": self.stages,
             "DEEP": self.deep,
             "ACROSS": self.across,
@@ -123,7 +129,8 @@ class MmaRows:
     """A launch of mma_rows.py: rows of x in a tile, steps of x in shared memory, warps.
 
     ``high``: how many units of the weight each warp takes at a step, one below the other. ``ahead``: how many steps of
-    the weight are on their way.
+    the weight are on their way. ``registers``: how many a thread has at most, 0 for as many as it takes: with fewer, a
+    multiprocessor has room for one program more.
     """
 
     block_m: int
@@ -131,9 +138,11 @@ class MmaRows:
     warps: int = 4
     high: int = 2
     ahead: int = 1
+    registers: int = 0
 
     def __str__(self) -> str:
-        return f"mma rows: {self.block_m}x{self.block_n}, {self.slots} slots"
+        at_most = f", {self.registers} registers" if self.registers else ""
+        return f"mma rows: {self.block_m}x{self.block_n}, {self.slots} slots{at_most}"
 
     @property
     def block_n(self) -> int:
@@ -149,6 +158,7 @@ class MmaRows:
             "SLOTS": self.slots,
             "AHEAD": self.ahead,
             "num_warps": self.warps,
+            **({"maxnreg": self.registers} if self.registers else {}),
         }
 
 

@@ -20,44 +20,22 @@ from functools import cache
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arch import multiprocessors
-from .epilogue import GROUP_ROWS, finish, meet, place_to_meet, shared_factor, sums_layout
+from .bands import bands_with, begin_of, number_of_bands, products_with
+from .epilogue import GROUP_ROWS, finish, meet, place_to_meet, shared_factor
 from .exchange import collect, leave, places
 from .gather import by_expert
 from .launches import ManyRows
 from .loader import load
+from .loads import next_power_of_two
 from .operands import Schedule, Weight, tensors_of
 from .reference import NO_ACTIVATION
-from .sharing import rows_of_box, shares, stretch
+from .sharing import extent, place, rows_of_box, shares, stretch
 from .start import start
-from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, decode_units, let_next_begin
-
-
-@gluon.constexpr_function
-def unit_layout(width):
-    """Four units ``[4, width * 32]``: one for each warp, each lane ``width`` neighbours."""
-    return gl.BlockedLayout([1, width], [1, 32], [4, 1], [1, 0])
-
-
-@gluon.jit
-def decode(ring, stage, half, GROUP: gl.constexpr):
-    """The group's 64 rows of one unit of a stage, ``[64, 64]``, where ``wgmma`` takes them."""
-    tokens, codes, scales, full, empty = ring
-    WORDS: gl.constexpr = unit_layout(4)
-    SCALES: gl.constexpr = unit_layout(1)
-    words = codes.index(stage).slice(GROUP * 4, 4).slice(half * UNIT_WORDS, UNIT_WORDS, dim=1).load(WORDS)
-    scale = scales.index(stage).slice(GROUP * 4, 4).slice(half * UNIT_SCALES, UNIT_SCALES, dim=1).load(SCALES)
-    weight = decode_units(words.reshape([4, 1, UNIT_WORDS]), scale.reshape([4, 1, UNIT_SCALES]), 0, tokens.dtype)
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(tokens.shape[1]), 2)
-    return gl.convert_layout(weight.reshape([GROUP_ROWS, UNIT_COLUMNS]), LEFT, assert_trivial=True)
+from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, let_next_begin
 
 
 @gluon.jit
@@ -68,47 +46,43 @@ def multiply(
     ACROSS: gl.constexpr,
     SPLIT: gl.constexpr,
     STEPS: gl.constexpr,
+    BM: gl.constexpr,
+    BAND: gl.constexpr,
     ACTIVATION: gl.constexpr,
     AT_ONCE: gl.constexpr,
 ):
-    """A group of multipliers: number GROUP along the weight's rows, and of the steps every SPLIT-th from PART on.
-
-    The product of a unit runs while the next one is decoded, but it waits for all of a step before the next step: the
-    compiler would serialise products if registers of one on its way from one round of the loop to the next were
-    written. The other groups fill the gap.
-    """
+    """A group of multipliers: number GROUP along the weight's rows, and of the steps every SPLIT-th from PART on."""
     ring, meeting, share, parts, tiles, plan, result = work
-    tokens, codes, scales, full, empty = ring
-    STAGES: gl.constexpr = codes.shape[0]
-    DEEP: gl.constexpr = tokens.shape[0] // STAGES
-    BM: gl.constexpr = tokens.shape[1]
     sums, flags, each, total = parts
+    out, M, N, global_scale, global_stride, bias, weights, order = result
+    BANDS: gl.constexpr = number_of_bands(BM, BAND)
     factor = shared_factor(plan, result)
     it = 0
     turn = 0
     while it < total:
         tile, first, last = stretch(it, share, STEPS)
-        acc = gl.zeros([GROUP_ROWS, BM], gl.float32, layout=sums_layout(BM))
+        tile_m, tile_n = place(tile, tiles, plan)
+        expert, row, end = extent(tile_m, M, plan, BM)
         mine = it + (PART + SPLIT - it % SPLIT) % SPLIT
         it += last - first
-        for at in range(mine, it, SPLIT):
-            stage = at % STAGES
-            mbarrier.wait(full.index(stage), at // STAGES & 1)
-            for half in gl.static_range(DEEP):
-                weight = decode(ring, stage, half, GROUP)
-                acc = warpgroup_mma(weight, tokens.index(stage * DEEP + half).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(stage), count=1)
+        # Of a dense product all tiles are nearly full: where a few rows are left over, they have a launch of their own.
+        bands = BANDS if plan[0] is None else bands_with(end - row, BM, BAND)
+        accs = products_with(ring, (mine, it), bands, GROUP, SPLIT, BM, BAND, BANDS)
         if (first == 0) & (last < STEPS):
-            acc = collect(acc, parts, share, last, GROUP, PART, ACROSS, SPLIT, STEPS, AT_ONCE)
+            accs = collect(accs, bands, parts, share, last, GROUP, PART, ACROSS, SPLIT, STEPS, BM, BAND, AT_ONCE)
         if SPLIT > 1:
-            acc = meet(acc, meeting, turn, GROUP, PART)
+            gl.static_assert(BANDS == 1, "groups that share K have one band")
+            accs = (meet(accs[0], meeting, turn, GROUP, PART),)
             turn += 1
         if PART == 0:
             if first > 0:
-                leave(acc, parts, share, GROUP, ACROSS, SPLIT)
+                leave(accs, bands, parts, share, GROUP, ACROSS, SPLIT, BM, BAND)
             else:
-                finish(acc, factor, tile, tiles, plan, result, GROUP, ACROSS, ACTIVATION)
+                column = (tile_n * ACROSS + GROUP) * GROUP_ROWS
+                for nth in gl.static_range(BANDS):
+                    if nth < bands:
+                        rows = (expert, row + begin_of(nth, BM, BAND), end)
+                        finish(accs[nth], factor, column, rows, plan, result, BM, BAND, ACTIVATION)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -133,6 +107,7 @@ def product_kernel(
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     BM: gl.constexpr,
+    BAND: gl.constexpr,
     STAGES: gl.constexpr,
     DEEP: gl.constexpr,
     ACROSS: gl.constexpr,
@@ -158,7 +133,8 @@ def product_kernel(
     tiles = (rows, columns)
     share, total, each = shares(tiles[0] * tiles[1], STEPS, LEAD, IDLE)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES * DEEP, BM, UNIT_COLUMNS], x_desc.layout)
+    ROWS: gl.constexpr = next_power_of_two(BM)
+    tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES * DEEP, ROWS, UNIT_COLUMNS], x_desc.layout)
     codes = gl.allocate_shared_memory(gl.int32, [STAGES, UNITS_OF_TILE, DEEP * UNIT_WORDS], codes_desc.layout)
     scales = gl.allocate_shared_memory(gl.int16, [STAGES, UNITS_OF_TILE, DEEP * UNIT_SCALES], scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -175,9 +151,9 @@ def product_kernel(
     if ACROSS * SPLIT == 2:
         gl.warp_specialize(
             [
-                (multiply, (work, 0, 0, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (multiply, (work, 1 % ACROSS, 1 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, M, N, STEPS)),
+                (multiply, (work, 0, 0, ACROSS, SPLIT, STEPS, BM, BAND, ACTIVATION, AT_ONCE)),
+                (multiply, (work, 1 % ACROSS, 1 // ACROSS, ACROSS, SPLIT, STEPS, BM, BAND, ACTIVATION, AT_ONCE)),
+                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, M, N, STEPS, BM, BAND)),
             ],
             [4, 1],
             [REGISTERS, LOADER],
@@ -186,11 +162,11 @@ def product_kernel(
         gl.static_assert(ACROSS * SPLIT == 4, "two groups of multipliers or four")
         gl.warp_specialize(
             [
-                (multiply, (work, 0, 0, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (multiply, (work, 1 % ACROSS, 1 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (multiply, (work, 2 % ACROSS, 2 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (multiply, (work, 3 % ACROSS, 3 // ACROSS, ACROSS, SPLIT, STEPS, ACTIVATION, AT_ONCE)),
-                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, M, N, STEPS)),
+                (multiply, (work, 0, 0, ACROSS, SPLIT, STEPS, BM, BAND, ACTIVATION, AT_ONCE)),
+                (multiply, (work, 1 % ACROSS, 1 // ACROSS, ACROSS, SPLIT, STEPS, BM, BAND, ACTIVATION, AT_ONCE)),
+                (multiply, (work, 2 % ACROSS, 2 // ACROSS, ACROSS, SPLIT, STEPS, BM, BAND, ACTIVATION, AT_ONCE)),
+                (multiply, (work, 3 % ACROSS, 3 // ACROSS, ACROSS, SPLIT, STEPS, BM, BAND, ACTIVATION, AT_ONCE)),
+                (load, (x_desc, codes_desc, scale_desc, ring, share, total, tiles, plan, M, N, STEPS, BM, BAND)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, LOADER],
@@ -261,7 +237,7 @@ def _product(
     start(
         product_kernel,
         (programs,),
-        _Boxes(rows, [_rows_of_box(launch.block_m), UNIT_COLUMNS.value], _swizzled()),
+        _Boxes(rows, [_rows_of_box(launch.block_m, launch.band), UNIT_COLUMNS.value], _swizzled()),
         _Boxes(weight.words.view(-1, k * 2), [units, deep * UNIT_WORDS.value], _straight(32)),
         _Boxes(weight.scale_pairs.view(-1, k // 2), [units, deep * UNIT_SCALES.value], _straight(16)),
         weight.global_scale,

@@ -20,6 +20,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from fp4pass.errors import ArgumentError
+
 from .decode import to_dot_order, undo_factor
 from .fp8_units import decode_bytes, fetch_bytes
 from .launches import MmaRows
@@ -254,6 +256,10 @@ def reads_bytes_of(weight: torch.Tensor) -> bool:
     return weight.is_contiguous() and weight.shape[1] % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
+# Where a row begins is kept in 32 bits, in units of eight numbers.
+_MOST_NUMBERS = 1 << 34
+
+
 def _product(
     rows: torch.Tensor,
     words: torch.Tensor,
@@ -270,6 +276,13 @@ def _product(
     launch: MmaRows,
     **constants: Any,
 ) -> None:
+    if (reach := rows.shape[0] * rows.stride(0)) > _MOST_NUMBERS:
+        raise ArgumentError(
+            "the last rows of x lie too far behind the first",
+            seen=f"{rows.shape[0]} rows, {rows.stride(0)} numbers apart: {reach} numbers",
+            expected=f"{_MOST_NUMBERS} numbers at most, before SM90",
+            do="multiply some of the rows at a time",
+        )
     m, n = out.shape
     blocks = plan.blocks if plan else -(-m // launch.block_m)
     start(

@@ -91,23 +91,32 @@ def rows_of_block(block, plan, BM: gl.constexpr):
     return expert, first + (block - before) * BM, gl.load(ends + expert).to(gl.int32)
 
 
-@gluon.constexpr_function
-def rows_of_box(bm):
-    """How many rows of x the copy engine takes at a time for a tile of ``bm``.
+@gluon.jit
+def extent(tile_m, M, plan, BM: gl.constexpr):
+    """(expert, first row of x, end of its rows, or M) of a row of tiles; of a dense product it is expert 0."""
+    if plan[0] is None:
+        return 0, tile_m * BM, M
+    else:
+        return rows_of_block(tile_m, plan, BM)
 
-    Of 64 or more it is half of them: tiles are chosen for more rows of x than that.
+
+@gluon.constexpr_function
+def rows_of_box(bm, band):
+    """How many rows of x the copy engine takes at a time for a tile of ``bm``, whose last band has ``band``.
+
+    Of a single band of 64 or more it is half of them: tiles are chosen for more rows of x than that.
     """
-    return bm // 2 if bm >= 64 else bm
+    return band if band < bm else bm // 2 if bm >= 64 else bm
 
 
 @gluon.jit
-def box_at(row, M, plan, BM: gl.constexpr):
+def box_at(row, M, plan, BM: gl.constexpr, BAND: gl.constexpr):
     """Where the box begins that holds the rows of x from ``row`` on.
 
     What lies past the end of x the copy engine fills with zeros, slowly: so the last box of a dense product's high tile
     begins early instead, and holds rows of the one before it as well. Past a block of experts other experts' rows lie.
     """
-    BOX: gl.constexpr = rows_of_box(BM)
+    BOX: gl.constexpr = rows_of_box(BM, BAND)
     if BOX == BM or plan[0] is not None:
         return row
     else:

@@ -130,7 +130,9 @@ def _few_operands(dtype: torch.dtype) -> dict[str, str]:
 def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
     units = launch.block_n // 16
     return {
-        "x_desc": _descriptor(POINTER[dtype][1:], sharing.rows_of_box(launch.block_m), 64, many_rows._swizzled()),
+        "x_desc": _descriptor(
+            POINTER[dtype][1:], sharing.rows_of_box(launch.block_m, launch.band), 64, many_rows._swizzled()
+        ),
         "codes_desc": _descriptor("i32", units, 128 * launch.deep, many_rows._straight(32)),
         "scale_desc": _descriptor("i16", units, 32 * launch.deep, many_rows._straight(16)),
         "parts": "*fp32",

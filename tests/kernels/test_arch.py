@@ -70,7 +70,7 @@ def test_every_launch_is_taken_for_some_rows_and_no_other(sm):
     taken = {
         (experts, generation.launch(rows, torch.bfloat16, FRAGMENTS, columns=columns, depth=depth, experts=experts))
         for experts, columns, depth in itertools.product((False, True), HEIGHTS, DEPTHS)
-        for rows in (*range(129), 256, 384, 512, 1024, 2048, 4096)
+        for rows in (*range(129), 192, 256, 384, 512, 1024, 2048, 4096)
     }
     assert set(generation.launches()) == {each for each in taken if not isinstance(each[1], arch.Tile)}
 
@@ -82,7 +82,7 @@ def test_no_half_tile_is_empty_unless_there_are_many(columns, depth):
         if isinstance(found, InParts):
             assert found.full % found.first.block_m == 0
         else:
-            assert found is None or -rows % found.block_m < 128
+            assert found is None or -rows % found.block_m < 128 or (found.block_m, found.band) == (192, 64)
         by_experts = launch(rows, columns, depth, experts=True)
         assert by_experts is None or by_experts.block_m == 256
     assert launch(3072 + 65, 16384, 4096, experts=False).block_m == 256
@@ -98,11 +98,27 @@ def test_few_rows_beyond_full_tiles_run_as_the_same_number_of_rows_does(columns,
             assert 0 < found.full < rows and found.full % 128 == 0 and rows - found.full <= 64
             assert (found.first, found.rest) == (of(found.full), of(rows - found.full))
     medium, wide = columns == 3072, columns >= 8192 or columns * depth >= 1 << 26
-    assert isinstance(of(128 + 8), InParts) == (columns == 65536 or (wide and depth == 8192))
-    assert isinstance(of(512 + 16), InParts) == isinstance(of(2048 + 16), InParts) == (medium or wide)
-    assert isinstance(of(512 + 17), InParts) == (wide and (depth >= 4096 or columns == 65536))
+    assert isinstance(of(256 + 16), InParts) == isinstance(of(2048 + 16), InParts) == (medium or wide)
+    assert isinstance(of(256 + 17), InParts) == (wide and (depth >= 4096 or columns == 65536))
+    assert isinstance(of(512 + 16), InParts) == (medium or (wide and depth >= 8192))
     assert isinstance(of(2048 + 64), InParts) == wide
-    assert not isinstance(of(192 + 1), InParts) and not isinstance(of(384 + 8), InParts)
+    assert not any(isinstance(of(rows), InParts) for rows in (128 + 8, 192 + 1, 384 + 8))
+
+
+@pytest.mark.parametrize(("columns", "depth"), itertools.product(HEIGHTS, DEPTHS))
+def test_rows_that_fill_three_quarters_of_a_tile_have_one_of_that_height(columns, depth):
+    def are_in_bands(*counts):
+        found = {getattr(launch(rows, columns, depth, experts=False), "block_m", 0) == 192 for rows in counts}
+        assert len(found) == 1
+        return found.pop()
+
+    wide, high, low = columns >= 8192 or columns * depth >= 1 << 26, columns >= 4225, 768 <= columns < 3072
+    assert are_in_bands(129, 160, 192) == (wide or high)
+    assert are_in_bands(513, 576) == (low or (high and not (wide and depth >= 8192)))
+    assert not are_in_bands(128, 193, 256, 512, 577, 1024, 1153)
+    for rows, expected in ((1025, True), (1152, True), (1024, False), (1153, False)):
+        of_six = launch(rows, 2688, depth, experts=False)
+        assert (of_six is not None and of_six.block_m == 192) == expected
 
 
 def test_before_hopper_many_rows_have_tiles_that_fill_the_gpu():
@@ -135,7 +151,7 @@ def test_a_gpu_has_the_number_of_multiprocessors_that_it_says(monkeypatch):
 
 def test_a_product_in_parts_has_each_row_of_x_from_its_own_launch(monkeypatch):
     linear = pytest.importorskip("fp4pass.lowering.linear")
-    found = launch(136, 16384, 4096, experts=False)
+    found = launch(264, 16384, 4096, experts=False)
     taken = []
 
     def twin(rows, weight, bias, out, activation, launch):
@@ -146,11 +162,11 @@ def test_a_product_in_parts_has_each_row_of_x_from_its_own_launch(monkeypatch):
     monkeypatch.setattr(linear, "launch_for", lambda *_, **__: found)
     for kernel in (linear.few_rows, linear.many_rows):
         monkeypatch.setattr(kernel, "linear", twin)
-    x, operands = activations(2, 68, 128, dtype=torch.bfloat16), weight(64, 128, order=FRAGMENTS)
+    x, operands = activations(2, 132, 128, dtype=torch.bfloat16), weight(64, 128, order=FRAGMENTS)
     arguments = *operands, activations(64, seed=9, dtype=torch.bfloat16), FRAGMENTS, "relu2"
     result = linear.linear(x, *arguments, arch=arch.ARCHS[90])
     assert torch.equal(result, reference.linear(x, *arguments))
-    assert taken == [(128, found.first), (8, found.rest)]
+    assert taken == [(256, found.first), (8, found.rest)]
 
 
 def test_splits_fill_the_gpu_and_keep_steps_together():

@@ -22,9 +22,9 @@ DENSE = {torch.bfloat16: 0.0018, torch.float16: 0.00025}
 # Narrow blocks average over few roundings.
 MOE, NARROW = {torch.bfloat16: 0.0025, torch.float16: 0.0004}, 1.3
 # Around the edges of all tiles, and more rows than the widest has, by a few and by many.
-ROWS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513, 1030)
+ROWS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 513, 576, 1030)
 # One number of rows for each tile of a dense product.
-EACH_TILE = (3, 12, 20, 50, 65, 200, 300)
+EACH_TILE = (3, 12, 20, 50, 65, 180, 200, 300)
 
 
 def dense(n, k, seed=0):
@@ -87,7 +87,7 @@ def one_hot(columns, k, dtype):
 SHAPES = [*((n, k) for n in (256, 1024, 3072, 4352, 8192) for k in (256, 8448)), (8192, 4352), (65536, 256)]
 # Before Hopper also how many multiprocessors the GPU has.
 SHAPES += [(21760, 256)]
-ROWS_AT_ONCE = (1, 8, 16, 32, 64, 128, 256)
+ROWS_AT_ONCE = (1, 8, 16, 32, 64, 128, 192, 256)
 
 
 def test_the_shapes_of_exact_products_meet_every_launch():
@@ -273,6 +273,24 @@ def test_experts_meet_the_oracle_from_one_token_to_many(hidden, inner, dtype):
             result = fp4pass.experts(x, ids.int(), weights.to(dtype), *up, *down, activation, ORDER)
             exact = exact_experts(x, ids, weights.to(dtype), up, down, activation)
             assert_within(result, exact, NARROW * MOE[dtype], (tokens, activation))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("hidden", "inner"), [(192, 256), (2112, 1024)])
+def test_experts_whose_last_tiles_have_rows_in_some_bands_or_in_all(hidden, inner, dtype):
+    """What an expert has decides which products run; those who share a tile leave sums of the others undone, too."""
+    counts = (0, 1, 64, 65, 128, 129, 192, 193, 255, 256, 257, 320, 384, 385, 449, 512)
+    up, down = block(16, hidden, inner)
+    ids = torch.repeat_interleave(torch.arange(16), torch.tensor(counts)).cuda()
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).cuda()][:, None]
+    assert rows_of_expert(len(ids), 16) > 128
+    x, weights = normal(len(ids), hidden, dtype=dtype), normal(len(ids), 1, seed=5)
+    result = fp4pass.experts(x, ids, weights, *up, *down, "relu2", ORDER)
+    assert_within(result, exact_experts(x, ids, weights, up, down), NARROW * MOE[dtype])
+    # What no product has written may be anything, but no row may show it.
+    x[ids[:, 0] % 2 == 0] = torch.nan
+    result = fp4pass.experts(x, ids, weights, *up, *down, "relu2", ORDER)
+    assert torch.equal(result.isnan().any(1), ids[:, 0] % 2 == 0)
 
 
 def test_experts_meet_the_oracle_with_one_global_scale_and_with_none():

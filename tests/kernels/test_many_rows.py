@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp4pass.lowering import arch, exchange, many_rows
+from fp4pass.lowering import arch, bands, exchange, many_rows
 from fp4pass.lowering.launches import ManyRows
 
 from . import gluon_compiling as compiling
@@ -23,6 +23,8 @@ MOST_SPILLS |= {(64, "dense", 4): 5, (16, "dense", 4): 32, (8, "dense", 4): 3}
 PUTS_ASIDE = not version("triton").startswith("3.6")
 # Instructions of the loop for a word of eight codes, everything included; the decoding takes 13 of them.
 MOST_FOR_A_WORD = 24
+# And for each band after the first, whose products are four.
+MOST_FOR_A_BAND = 24
 CASES = [
     (launch, product)
     for experts, launch in HOPPER.launches()
@@ -49,15 +51,24 @@ def compiled(launch, product):
 
 
 def loops(launch, product):
-    """The groups' loops over K, each from its first wait for a stage to the jump back behind its products."""
+    """The groups' loops over K, from a wait for a stage to the jump back behind the products, and of how many bands.
+
+    Of experts each group has one for every number of bands that hold rows.
+    """
     code = compiling.operations(compiled(launch, product))
     products = compiling.places(code, "HGMMA")
-    each = 4 * launch.deep
-    assert len(products) == each * launch.across * launch.split
-    for group in (products[at : at + each] for at in range(0, len(products), each)):
+    all_bands = bands.number_of_bands(launch.block_m, launch.band)
+    found = []
+    for wait in compiling.places(code, "WARPGROUP.DEPBAR"):
+        group = [place for place in products if place < wait]
+        products = products[len(group) :]
         begin = max(place for place in compiling.places(code, "SYNCS.PHASECHK") if place < group[0])
         end = min(place for place in compiling.places(code, "BRA") if place > group[-1])
-        yield code[begin : end + 1]
+        found.append((code[begin : end + 1], len(group) // (4 * launch.deep)))
+    assert not products
+    of_group = range(1, all_bands + 1) if product in ("up", "down") else (all_bands,)
+    assert sorted(number for _, number in found) == sorted([*of_group] * launch.across * launch.split)
+    return found
 
 
 def test_only_hopper_has_launches():
@@ -89,14 +100,14 @@ def test_products_of_a_step_follow_each_other(launch, product):
     Here a unit is four products, of 16 columns each. Those of a step are waited for once, and what they read is given
     back only when every warp of the group has got so far.
     """
-    for loop in loops(launch, product):
+    for loop, number in loops(launch, product):
         products = compiling.places(loop, "HGMMA")
         step = loop[products[0] : products[-1] + 1]
         assert not [line for line in step if line.startswith(("BAR", "LDL", "STL"))]
         between = [line.rstrip() for line in step if line.startswith("WARPGROUP")]
-        assert between == ["WARPGROUP.ARRIVE"] * (launch.deep - 1)
+        assert between == ["WARPGROUP.ARRIVE"] * (launch.deep * number - 1)
         ends = [loop[place].rstrip().endswith("gsb0") for place in products]
-        assert ends == [False, False, False, True] * launch.deep
+        assert ends == [False, False, False, True] * launch.deep * number
         (wait,) = compiling.places(loop, "WARPGROUP.DEPBAR")
         (given_back,) = compiling.places(loop, "SYNCS.ARRIVE")
         assert loop[wait].rstrip().endswith("gsb0, 0x0")
@@ -105,13 +116,13 @@ def test_products_of_a_step_follow_each_other(launch, product):
 
 @EACH
 def test_decoded_weights_stay_in_registers_and_cost_few_instructions(launch, product):
-    for loop in loops(launch, product):
+    for loop, number in loops(launch, product):
         assert not [line for line in loop if line.startswith(("STS", "STL", "LDL"))]
         # A lane's scales, which it shares with its neighbours, and its codes.
         reads = sorted(loop[place].split()[0] for place in compiling.places(loop, "LDS"))
         assert reads in (["LDS.128"] * launch.deep + [f"LDS.{kind}16"] * launch.deep for kind in "SU")
         assert len(compiling.places(loop, "SHFL.IDX")) == 4 * launch.deep == len(compiling.places(loop, "SHFL"))
-        assert len(loop) <= 4 * MOST_FOR_A_WORD * launch.deep
+        assert len(loop) <= (4 * MOST_FOR_A_WORD + MOST_FOR_A_BAND * (number - 1)) * launch.deep
 
 
 @EACH

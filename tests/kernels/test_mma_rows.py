@@ -7,10 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp4pass.lowering import arch
+from fp4pass.errors import ArgumentError
+from fp4pass.lowering import arch, heuristics_sm80, mma_rows
 from fp4pass.lowering.launches import MmaRows
+from fp4pass.lowering.layout import FRAGMENTS
+from fp4pass.lowering.operands import Weight
 
 from . import gluon_compiling as compiling
+from .operands import weight
 
 BEFORE_HOPPER = [generation for generation in arch.ARCHS.values() if not generation.wgmma]
 
@@ -18,21 +22,23 @@ BEFORE_HOPPER = [generation for generation in arch.ARCHS.values() if not generat
 def every_case():
     """Each launch and what it multiplies; for further generations the long run has those of fewer rows."""
     for generation in BEFORE_HOPPER:
-        for experts, launch in generation.launches():
-            if not isinstance(launch, MmaRows):
-                continue
-            by_bytes = ("fp8",) if launch.warps == 4 else ()
-            for product in ("up", "down") if experts else ("dense", *by_bytes):
-                again = generation.sm > 80 and launch.block_m < 128
-                name = f"sm{generation.sm}-{product}-{launch.block_m}x{launch.block_n}"
-                marks = (pytest.mark.fuzz,) if again else ()
-                yield pytest.param(generation, launch, product, marks=marks, id=name)
+        found = [(launch, experts) for experts, launch in generation.launches() if isinstance(launch, MmaRows)]
+        cases = [
+            (launch, product) for launch, experts in found for product in (("up", "down") if experts else ("dense",))
+        ]
+        for launch, product in (*cases, *((launch, "fp8") for launch in dict(heuristics_sm80._TILES_OF_BYTES))):
+            again = generation.sm > 80 and launch.block_m < 128
+            name = f"sm{generation.sm}-{product}-{launch}".replace(" ", "-")
+            marks = (pytest.mark.fuzz,) if again else ()
+            yield pytest.param(generation, launch, product, marks=marks, id=name)
 
 
 EACH = pytest.mark.parametrize(("generation", "launch", "product"), list(every_case()), scope="module")
 # Where 128 rows of x leave few registers, addresses of x are put aside, and most taken back once in a turn of the loop:
 # the most loads and stores that Triton 3.6 and 3.9 leave, of a kernel with 384 products.
 MOST_SPILLS = 80
+# And where registers are fewer than the kernel would take, so that there is room for one program more.
+MOST_SPILLS_OF_FEWER = 16
 # Of a multiprocessor, in bytes, and what each program takes beside its own.
 SHARED, RESERVED, REGISTERS = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10}, 1024, 65536
 
@@ -54,15 +60,16 @@ def test_only_generations_before_hopper_have_launches():
 @EACH
 def test_launch_compiles_within_shared_memory_and_registers(generation, launch, product):
     kernel = compiled(generation, launch, product)
-    compiling.assert_fits(generation, kernel, spills=MOST_SPILLS if launch.block_m >= 128 else 0)
+    many, fewer = MOST_SPILLS if launch.block_m >= 128 else 0, MOST_SPILLS_OF_FEWER if launch.registers else 0
+    compiling.assert_fits(generation, kernel, spills=many + fewer)
 
 
 @EACH
 def test_eight_warps_have_a_place_on_a_multiprocessor(generation, launch, product):
-    """With fewer its tensor cores would wait for one warp's decoding, or for its barriers."""
-    programs = 8 // launch.warps
+    """Twelve, where registers are fewer. With less its tensor cores would wait for one warp's decoding, or barriers."""
+    programs = (12 if launch.registers else 8) // launch.warps
     assert programs * (compiled(generation, launch, product).metadata.shared + RESERVED) <= SHARED[generation.sm]
-    assert programs * launch.warps * 32 * 255 <= REGISTERS
+    assert programs * launch.warps * 32 * (launch.registers or 255) <= REGISTERS
 
 
 @EACH
@@ -90,6 +97,14 @@ def test_a_step_has_one_barrier_and_few_instructions_beside_its_products(generat
     assert products == launch.slots * launch.high * 4 * launch.block_m // 8
     assert len(compiling.places(turn, "BAR")) < launch.slots
     assert (len(turn) - products) / (launch.slots * launch.high * 16) < (21 if product == "fp8" else 13)
+
+
+def test_rows_of_x_that_lie_too_far_apart_are_refused():
+    launch, out = MmaRows(64), torch.empty(2, 64, device="meta")
+    operands = Weight(*weight(64, 128, order=FRAGMENTS), FRAGMENTS), None, out, "none", launch
+    x = torch.empty((1 << 33) + 144, device="meta").as_strided((2, 128), ((1 << 33) + 16, 1))
+    with pytest.raises(ArgumentError, match="17179869216 numbers"):
+        mma_rows.linear(x, *operands)
 
 
 def test_of_bytes_the_last_step_may_have_fewer_columns():

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fp4pass.lowering import sharing
+from fp4pass.lowering import bands, sharing
 
 MULTIPROCESSORS = 132
 
@@ -100,13 +100,13 @@ def test_tiles_stay_whole_where_programs_would_be_idle_for_no_more_steps_than_al
     assert whole(0, 64, 0) and not whole(20, 64, 0)
 
 
-@pytest.mark.parametrize("bm", (8, 32, 64, 128, 256))
-def test_boxes_hold_each_row_of_x_once_as_their_own_and_as_few_as_can_be_that_x_does_not_have(here, bm):
-    box = sharing.rows_of_box(bm)
+@pytest.mark.parametrize(("bm", "band"), ((8, 8), (32, 32), (64, 64), (128, 128), (192, 64), (256, 64), (256, 256)))
+def test_boxes_hold_each_row_of_x_once_as_their_own_and_as_few_as_can_be_that_x_does_not_have(here, bm, band):
+    box = sharing.rows_of_box(bm, band)
     for rows in (1, bm // 2, bm // 2 + 1, bm - 1, bm, bm + 1, 3 * bm - box, 3 * bm - 1, 3 * bm):
         own, missing = [], 0
         for first in range(0, -(-rows // bm) * bm, box):
-            at = sharing.box_at.fn(first, rows, (None,), bm)
+            at = sharing.box_at.fn(first, rows, (None,), bm, band)
             held = range(at, at + box)
             assert at >= 0
             own += [row for row in held if first <= row < rows]
@@ -116,4 +116,21 @@ def test_boxes_hold_each_row_of_x_once_as_their_own_and_as_few_as_can_be_that_x_
 
 
 def test_boxes_of_a_block_of_experts_follow_each_other(here):
-    assert [sharing.box_at.fn(100 + first, 130, (object(),), 64) for first in (0, 32)] == [100, 132]
+    assert [sharing.box_at.fn(100 + first, 130, (object(),), 64, 64) for first in (0, 32)] == [100, 132]
+
+
+@pytest.mark.parametrize(
+    ("bm", "band", "sizes"), ((256, 64, [128, 64, 64]), (192, 64, [128, 64]), (256, 256, [256]), (8, 8, [8]))
+)
+def test_bands_follow_each_other_in_whole_boxes_and_only_those_with_rows_are_multiplied(
+    monkeypatch, here, bm, band, sizes
+):
+    here.static_range = range
+    monkeypatch.setattr(bands, "gl", here)
+    numbers = range(bands.number_of_bands(bm, band))
+    assert [bands.size_of(nth, bm, band) for nth in numbers] == sizes == bands.bands_of(bm, band)
+    begins = [bands.begin_of(nth, bm, band) for nth in numbers]
+    assert begins == [sum(sizes[:nth]) for nth in numbers] and sum(sizes) == bm
+    assert not any(begin % sharing.rows_of_box(bm, band) for begin in begins)
+    for rows in range(1, bm + 70):
+        assert bands.bands_with.fn(rows, bm, band) == sum(begin < rows for begin in begins)
