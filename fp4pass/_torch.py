@@ -109,9 +109,9 @@ def report_directory() -> Path:
     return Path(_cache_dir()) / "fp4pass"
 
 
-def user_joint_passes() -> Sequence[Any]:
-    """The passes that somebody else has put where ours goes."""
-    found = inductor_config.joint_custom_pre_pass
+def user_passes(setting: str) -> Sequence[Any]:
+    """The passes that somebody else has put where one of ours goes: the name of Inductor's setting."""
+    found = getattr(inductor_config, setting)
     return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]
 
 

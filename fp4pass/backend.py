@@ -17,7 +17,7 @@ from fp4pass.errors import ActivationError, UnmatchedError
 from fp4pass.inputs import CallInputs
 from fp4pass.lowering import ops  # noqa: F401  # registers what a cached graph calls
 from fp4pass.options import Options
-from fp4pass.pipeline import Fp4Pass, experts_without_backward
+from fp4pass.pipeline import Fp4Pass, TracedCalls, experts_without_backward
 from fp4pass.report import Report, Store, remember
 from fp4pass.target import choose_target
 
@@ -87,7 +87,7 @@ def compile_graph(
     ours = Fp4Pass(options, choose_target(options.target_sm, examples), call)
 
     def run(**more: Any) -> Compiled:
-        patches = {**options.patches(), "joint_custom_pre_pass": ours, **more}
+        patches = {**_last_pass(), **options.patches(), "joint_custom_pre_pass": ours, **more}
         inner = {} if inner_compile is None else {"inner_compile": inner_compile}
         decompositions = _torch.decompositions_keeping_products()
         try:
@@ -110,6 +110,12 @@ def compile_graph(
         report = ours.report or Report()
         store.save(key, report)
     return compiled, report.named(call.names)
+
+
+def _last_pass() -> dict[str, Any]:
+    """Where somebody else's pass comes last it stays alone, and calls of our ops are checked as any."""
+    setting = "post_grad_custom_post_pass"
+    return {} if _torch.user_passes(setting) else {setting: TracedCalls()}
 
 
 def _blame_gradients(

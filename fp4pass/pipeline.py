@@ -17,6 +17,7 @@ import fp4pass.lowering
 from fp4pass import _torch
 from fp4pass.errors import GradientError
 from fp4pass.inputs import CallInputs, GraphInputs
+from fp4pass.lowering.registry import traced_forms
 from fp4pass.match.reasons import Reason, Refusal
 from fp4pass.options import Options
 from fp4pass.passes.epilogue import rewrite_epilogue
@@ -63,7 +64,7 @@ class Fp4Pass(_torch.CustomGraphPass):
 
     def __init__(self, options: Options, target: Target, call: CallInputs) -> None:
         self._options, self._target, self._call = options, target, call
-        self._before = _torch.user_joint_passes()
+        self._before = _torch.user_passes("joint_custom_pre_pass")
         self.report: Report | None = None
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -110,6 +111,23 @@ class Fp4Pass(_torch.CustomGraphPass):
             return f"pass {each.name}: {type(error).__name__}: {error}"
         rewriter.check(rewriter.graph)
         return ""
+
+
+class TracedCalls(_torch.CustomGraphPass):
+    """Runs on what is about to become code: calls of our ops become calls of their traced forms (lowering/registry.py).
+
+    Nothing looks at them any more, and the report names what they were.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite ``graph`` in place."""
+        forms = traced_forms()
+        for node in graph.nodes:
+            node.target = forms.get(node.target, node.target)
+
+    def uuid(self) -> Any:
+        """Nothing but the sources."""
+        return "fp4pass_traced", sources_digest()
 
 
 def _refuse_saved_weights(report: Report) -> None:

@@ -7,6 +7,7 @@ multiply the sum once, so that the weight itself is exact in any activation dtyp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,12 +19,13 @@ from . import checks
 from .arch import target
 from .ops import kernels
 from .reference import decode_scale
+from .registry import is_registered, register
 
 E4M3_MAX = 448.0
 FIRST_FP8_SM = 89
 """The first generation with FP8 tensor cores."""
 
-_NAME = "fp4pass::fp8_linear"
+_OP = "fp8_linear"
 _SCHEMA = "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias) -> Tensor"
 _PIECE_BYTES = 256 << 20
 _TEMPORARIES = 4
@@ -71,13 +73,7 @@ def _pieces(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-    checks.check_fp8_linear("fp8_linear", x, weight, *rest)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _on_cpu(*args: Any) -> torch.Tensor:
-    checks.check_fp8_linear("fp8_linear", *args)
-    return reference(*args)
 
 
 def _on_cuda(
@@ -87,7 +83,6 @@ def _on_cuda(
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    checks.check_fp8_linear("fp8_linear", x, weight, weight_scale, input_scale, bias)
     with torch.cuda.device_of(x):
         if input_scale is None:
             return _launch(x, weight, weight_scale, bias)
@@ -130,7 +125,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, weight, weight_scale, input_scale, _ = inputs
     if input_scale is not None and any(each is not None and each.requires_grad for each in inputs):
         raise GradientError(
-            f"{_NAME}: activations that are rounded to FP8 have no gradient",
+            "fp4pass::fp8_linear: activations that are rounded to FP8 have no gradient",
             seen="an input_scale, and an operand with requires_grad=True",
             expected="inference, or activations as they are (w8a16)",
             do="call fp4pass.from_pretrained(..., fp8='w8a16'), or run the model under torch.no_grad()",
@@ -148,14 +143,13 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return to_x, None, None, None, to_bias
 
 
-def _register() -> None:
-    torch.library.define(_NAME, _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_NAME, "CPU", _on_cpu)
-    torch.library.impl(_NAME, "CUDA", _on_cuda)
-    torch.library.register_fake(_NAME, _fake)
-    torch.library.register_autograd(_NAME, _gradients, setup_context=_save)
-
-
-# The registry outlives this module: reloading it must not define the op a second time.
-if not hasattr(torch.ops.fp4pass, "fp8_linear"):
-    _register()
+if not is_registered(_OP):
+    register(
+        _OP,
+        _SCHEMA,
+        functools.partial(checks.check_fp8_linear, _OP),
+        {"CPU": reference, "CUDA": _on_cuda},
+        _fake,
+        _gradients,
+        _save,
+    )

@@ -29,8 +29,7 @@ import torch
 from fp4pass.errors import GradientError, VersionError
 
 from . import checks, reference
-
-NAMESPACE = "fp4pass"
+from .registry import CALLED, is_registered, register
 
 _SCHEMAS = {
     "linear": (
@@ -71,7 +70,6 @@ def _check(op: str, args: tuple[Any, ...]) -> None:
 
 
 def _fake(op: str, args: tuple[Any, ...]) -> torch.Tensor:
-    _check(op, args)
     x = args[0]
     columns = {
         "linear": lambda: args[1].shape[0],
@@ -85,12 +83,10 @@ def _fake(op: str, args: tuple[Any, ...]) -> torch.Tensor:
 
 
 def _on_cpu(op: str, args: tuple[Any, ...]) -> torch.Tensor:
-    _check(op, args)
     return getattr(reference, op)(*args)
 
 
 def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
-    _check(op, args)
     launch = getattr(kernels(op), op)
     with torch.cuda.device_of(args[0]):
         # Triton 3.6 describes tensors to the GPU through the driver, which a new thread cannot call before this.
@@ -188,26 +184,29 @@ def _refuse_gradient(op: str) -> None:
     )
 
 
+_GRADIENTS = {
+    "linear": (_linear_gradients, _save_linear),
+    "linear_backward": (_linear_backward_gradients, _save_linear_backward),
+}
+
+
 def _register(op: str) -> None:
-    name = f"{NAMESPACE}::{op}"
-    torch.library.define(name, _SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
     if op == "dequantize":
+        name = f"{CALLED}::{op}"
+        torch.library.define(name, _SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, "CompositeImplicitAutograd", _dequantize)
         return
-    torch.library.impl(name, "CPU", lambda *args: _on_cpu(op, args))
-    torch.library.impl(name, "CUDA", lambda *args: _on_cuda(op, args))
-    torch.library.register_fake(name, lambda *args: _fake(op, args))
-    if op == "linear":
-        torch.library.register_autograd(name, _linear_gradients, setup_context=_save_linear)
-    elif op == "linear_backward":
-        torch.library.register_autograd(name, _linear_backward_gradients, setup_context=_save_linear_backward)
-    else:
-        torch.library.register_autograd(
-            name, lambda ctx, grad: _refuse_gradient(op), setup_context=lambda ctx, inputs, output: _refuse_gradient(op)
-        )
+    refused = lambda ctx, grad: _refuse_gradient(op), lambda ctx, inputs, output: _refuse_gradient(op)
+    register(
+        op,
+        _SCHEMAS[op],
+        lambda *args: _check(op, args),
+        {"CPU": lambda *args: _on_cpu(op, args), "CUDA": lambda *args: _on_cuda(op, args)},
+        lambda *args: _fake(op, args),
+        *_GRADIENTS.get(op, refused),
+    )
 
 
 for _op in OPS:
-    # The registry outlives this module: reloading it must not define the ops a second time.
-    if not hasattr(torch.ops.fp4pass, _op):
+    if not is_registered(_op):
         _register(_op)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import fp4pass
 from fp4pass import _torch, pipeline
@@ -292,6 +293,25 @@ def test_a_pass_of_somebody_else_runs_first_and_is_part_of_the_key(passes):
     with _torch.inductor_config.patch(joint_custom_pre_pass=other):
         assert_right(compiled(module), module, x)
     assert other.runs == len(passes) == 1 and len(last_report().rewritten) == 1
+
+
+def test_compiled_code_calls_ops_that_check_nothing_any_more(passes):
+    """Not where a pass of somebody else comes last: that stays alone."""
+
+    def code_of(**options):
+        with torch.no_grad():
+            _, (code,) = run_and_get_code(compiled(module, **options), x)
+        return code
+
+    module, x = Packed(PLAIN), activations(3, K)
+    code = code_of()
+    assert "fp4pass_traced.linear.default(" in code and "fp4pass.linear.default(" not in code
+    assert [entry.op for entry in last_report().rewritten] == ["fp4pass.linear"]
+    other, given = Other("other"), Other("given")
+    with _torch.inductor_config.patch(post_grad_custom_post_pass=other):
+        assert "fp4pass.linear.default(" in code_of()
+    assert "fp4pass.linear.default(" in code_of(post_grad_custom_post_pass=given)
+    assert other.runs == given.runs == 1
 
 
 def test_without_a_key_of_another_pass_nothing_is_cached(passes):

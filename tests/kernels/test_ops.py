@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from fp4pass.errors import ArgumentError, GradientError
-from fp4pass.lowering import layout, ops, reference
+from fp4pass.lowering import layout, ops, reference, registry
 
 from .operands import activations, every_product, relative_error, stored, weight
 
@@ -308,6 +308,27 @@ def test_operands_may_be_passed_by_name():
     by_name = {"x": x, "codes": codes, "scale": scale, "global_scale": global_scale, "bias": None, "layout": "plain"}
     by_place = fp4pass.linear(x, codes, scale, global_scale, None, layout.PLAIN)
     assert torch.equal(fp4pass.linear(**by_name), by_place)
+
+
+def test_traced_forms_are_all_ops_of_one_kernel_with_the_same_schema():
+    """Of a composite op a graph has the parts."""
+    forms = registry.traced_forms()
+    registered = {op for op in (*ops.OPS, "fp8_linear") if op != "dequantize"}
+    assert {called.name() for called in forms} == {f"fp4pass::{op}" for op in registered}
+    for called, traced in forms.items():
+        assert traced.name() == called.name().replace("fp4pass::", "fp4pass_traced::")
+        assert str(traced._schema).partition("(")[2] == str(called._schema).partition("(")[2]
+
+
+def test_traced_forms_compute_the_same_and_check_nothing():
+    codes, scale, global_scale = weight(32, 48)
+    operands = codes, scale, global_scale, None, layout.PLAIN
+    x = activations(2, 48)
+    traced = torch.ops.fp4pass_traced.linear
+    assert torch.equal(traced(x, *operands), fp4pass.linear(x, *operands))
+    with pytest.raises(ArgumentError, match="x has the wrong dtype"):
+        fp4pass.linear(x.double(), *operands)
+    assert traced(x.double(), *operands).dtype == torch.float64
 
 
 def test_reloading_the_module_keeps_the_ops():
