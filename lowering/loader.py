@@ -34,10 +34,10 @@ def load_weight(
     SCALES: gl.constexpr = scales.shape[2]
     DEEP: gl.constexpr = WORDS // UNIT_WORDS
     WEIGHT: gl.constexpr = codes.shape[1] * UNIT_BYTES
+    # How many bytes to wait for is a constant of the instruction.
     for number in gl.static_range(FEWEST, MOST + 1):
-        # The last one is all there can be.
-        these = boxes == number if FEWEST < MOST else True
-        mbarrier.expect(full.index(stage), DEEP * (number * BOX * UNIT_COLUMNS * 2 + WEIGHT), pred=these)
+        chosen = boxes == number if FEWEST < MOST else True
+        mbarrier.expect(full.index(stage), DEEP * (number * BOX * UNIT_COLUMNS * 2 + WEIGHT), pred=chosen)
     copy_in(codes_desc, [unit, k * WORDS], full.index(stage), codes.index(stage))
     copy_in(scale_desc, [unit, k * SCALES], full.index(stage), scales.index(stage))
 

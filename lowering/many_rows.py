@@ -4,9 +4,9 @@
 
 The loader's one warp keeps the copy engine busy: codes, scales and rows of x go into a ring of stages in shared memory.
 Each group of four warps turns the codes of 64 weight rows into the left operand of ``wgmma``, in its own registers, and
-multiplies it by the rows of x from shared memory. So a decoded weight never goes through shared memory, whose bandwidth
-the product needs for x; and while one group decodes, the products of the others run. Some groups lie side by side along
-the weight's rows (ACROSS); with few rows of x others take every second step of K (SPLIT).
+multiplies it by the rows of x from shared memory (bands.py). So no decoded weight goes through shared memory, whose
+bandwidth the product needs for x; and while one group decodes, the products of the others run. Some groups lie side by
+side along the weight's rows (ACROSS); with few rows of x others take every second step of K (SPLIT).
 
 Programs stay: there is one for each multiprocessor, or two. A *step* is DEEP units, 64 columns of K each, for one tile.
 Which tiles and steps are a program's own is in sharing.py; where several share a tile, the one that begins it adds, in
