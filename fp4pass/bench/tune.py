@@ -1,6 +1,7 @@
-"""Launches of one linear layer beside each other, for whoever chooses them in lowering/heuristics_*.py.
+"""Launches of a linear layer or a block of experts beside each other, for who chooses them in lowering/heuristics_*.py.
 
     python -m fp4pass.bench.tune "nano.out_proj 8 16 | ManyRows(16, 6, room=2)" "256x2688 64 | ..." ...
+    python -m fp4pass.bench.tune "nano.experts 2048 | ManyRows(256, 5, deep=1, band=64)"
     python -m fp4pass.bench.tune @FILE     # such lines
     python -m fp4pass.bench.tune --as-sm 80 "nano.out_proj 512 | MmaRows(64) | MmaRows(128)"     # see lowering/older.py
 
@@ -11,35 +12,37 @@ held against float64, in a process of its own and among memory full of NaN; what
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
 import itertools
 import multiprocessing
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
 from torch.nn.functional import linear as product
 
 from fp4pass import nvfp4
-from fp4pass.bench.cases import DENSE, Dense
+from fp4pass.bench.cases import Dense, Moe
 from fp4pass.bench.clock import copies, microseconds, relative_error, roofline
 from fp4pass.bench.command import gpu, machine
 from fp4pass.bench.table import header
-from fp4pass.errors import Fp4passError, OptionError
-from fp4pass.lowering.arch import ARCHS, Arch, Tile, target
-from fp4pass.lowering.launches import FewRows, InParts, ManyRows, MmaRows
+from fp4pass.bench.trials import Launch, Trial, parse_trials
+from fp4pass.errors import Fp4passError
+from fp4pass.lowering import reference
+from fp4pass.lowering.arch import ARCHS, Arch, rows_of_expert, target
+from fp4pass.lowering.launches import InParts
 from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
 
-Launch = FewRows | ManyRows | MmaRows | InParts | Tile
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Routing = tuple[torch.Tensor, torch.Tensor]
+"""Experts' ids and weights ``[tokens, top_k]``."""
 
-WITHIN = 0.002
-"""The largest relative error to float64 that a launch may have: rounding its result to BF16 makes 0.0017, give or take
-a tenth where there are few hundred numbers; weights rounded to BF16 make 0.0024."""
+WITHIN, OF_EXPERTS_WITHIN = 0.002, 0.003
+"""The largest relative errors to float64 that a launch may have: rounding its result to BF16 makes 0.0017, give or take
+a tenth where there are few hundred numbers, and rounding experts' intermediate as well 0.0024; weights rounded to BF16
+make 0.0024, and 0.0050."""
 
 _SECONDS = 90  # for compiling a launch and running it; what takes longer waits for something that never comes
 
@@ -55,43 +58,6 @@ class _Only(Arch):
         return self.only.first if isinstance(self.only, InParts) and rows <= self.only.full else self.only
 
 
-def parse_launch(text: str) -> Launch:
-    """``FewRows(8, 8, 16, slots=4)`` and the like, as the tables have them. Raises OptionError for anything else."""
-    try:
-        return _built(ast.parse(text, mode="eval").body)
-    except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise OptionError(
-            "this is no launch",
-            seen=f"{text} ({type(error).__name__}: {error})",
-            expected="FewRows(...), ManyRows(...), MmaRows(...), Tile(...) or InParts(...), as their classes have it",
-            do='write it as there, in quotes: "ManyRows(16, 6, room=2, across=1, split=2)"',
-        ) from error
-
-
-def _built(call: ast.expr) -> Launch:
-    kind = {each.__name__: each for each in (FewRows, ManyRows, MmaRows, InParts, Tile)}[call.func.id]
-    return kind(*map(_value, call.args), **{each.arg: _value(each.value) for each in call.keywords})
-
-
-def _value(given: ast.expr) -> object:
-    return _built(given) if isinstance(given, ast.Call) else ast.literal_eval(given)
-
-
-def parse_shape(text: str) -> Dense:
-    """A case of the benchmark by its name, or a weight of any other size as ``NxK``. Raises OptionError."""
-    for case in DENSE:
-        if case.name == text:
-            return case
-    if (sizes := re.fullmatch(r"(\d+)x(\d+)", text)) and not any(int(size) % 16 for size in sizes.groups()):
-        return Dense(text, int(sizes[1]), int(sizes[2]))
-    raise OptionError(
-        "this is no shape of a weight",
-        seen=text,
-        expected=f"NxK, multiples of 16, or one of {', '.join(case.name for case in DENSE)}",
-        do="give its rows and columns: 2688x4096",
-    )
-
-
 def run_with(only: Launch, x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """``x [M, K]`` times a weight in ``fragments``: codes, scale bytes and global scale; by this launch."""
     from fp4pass.lowering.linear import linear  # needs Triton
@@ -100,11 +66,23 @@ def run_with(only: Launch, x: torch.Tensor, weight: Weight) -> torch.Tensor:
     return linear(x, *weight, None, FRAGMENTS, arch=arch)
 
 
-def faults(only: Launch, n: int, k: int, tokens: int, device: torch.device) -> str:
-    """What is wrong with a launch for a weight ``[n, k]`` and up to ``tokens`` rows of x; "" if nothing is.
+def run_block_with(only: Launch, x: torch.Tensor, routing: Routing, up: Weight, down: Weight) -> torch.Tensor:
+    """A block of experts in ``fragments``, ``x [M, K]`` routed through both products, each by this launch."""
+    from fp4pass.lowering.moe import experts  # needs Triton
 
-    Also tried are some rows fewer, and a weight whose last tile is not full.
-    """
+    arch = _Only(*astuple(target(x.device)), only)
+    return experts(x, *routing, *up, *down, "relu2", FRAGMENTS, arch=arch)
+
+
+def faults(only: Launch, case: Dense | Moe, tokens: int, device: torch.device) -> str:
+    """What is wrong with a launch for a case and up to ``tokens`` rows of x; "" if nothing is."""
+    if isinstance(case, Moe):
+        return _faults_of_block(only, case, tokens, device)
+    return _faults_of_linear(only, case.n, case.k, tokens, device)
+
+
+def _faults_of_linear(only: Launch, n: int, k: int, tokens: int, device: torch.device) -> str:
+    """Also tried are some rows fewer, and a weight whose last tile is not full."""
     for rows in dict.fromkeys((n, max(16, n - 16))):
         packed = nvfp4.quantize(torch.randn(rows, k, device=device))
         weight, dense = _in_fragments(*packed), nvfp4.dequantize(*packed, torch.float64)
@@ -119,6 +97,40 @@ def faults(only: Launch, n: int, k: int, tokens: int, device: torch.device) -> s
     return ""
 
 
+def _faults_of_block(only: Launch, case: Moe, tokens: int, device: torch.device) -> str:
+    """Of a few experts, each with as many rows as to expect in the case, one with none, and one with all."""
+    count, top_k = min(case.experts, 8), min(case.top_k, 2)
+    up, down = _block(count, case, device)
+    rows = rows_of_expert(tokens * case.top_k, case.experts)
+    slots = max(1, rows * count // top_k)
+    x = torch.randn(slots, case.width, device=device, dtype=torch.bfloat16)
+    uneven = _routing(slots, top_k, count - 1, device)
+    for name, routing in (("uneven", uneven), ("one", (torch.zeros_like(uneven[0][:, :1]), uneven[1][:, :1]))):
+        exact = reference.experts(x.double(), *routing, *up, *down, "relu2", FRAGMENTS, torch.float64)
+        for _ in range(2):
+            _leave_nan_behind(device)
+            error = relative_error(run_block_with(only, x, routing, up, down), exact)
+            if not error <= OF_EXPERTS_WITHIN:
+                return f"wrong: error {error:.1e} for {slots} rows and {name} of {count} experts"
+    return ""
+
+
+def _block(count: int, case: Moe, device: torch.device) -> tuple[Weight, Weight]:
+    """Both weights of so many of a case's experts, of variance 1/K."""
+    sizes = ((case.inner, case.width), (case.width, case.inner))
+    of_each = [
+        [_in_fragments(*nvfp4.quantize(torch.randn(1, n, k, device=device) / k**0.5)) for _ in range(count)]
+        for n, k in sizes
+    ]
+    up, down = (tuple(map(torch.cat, zip(*each, strict=True))) for each in of_each)
+    return up, down
+
+
+def _routing(tokens: int, top_k: int, experts: int, device: torch.device) -> Routing:
+    weights, ids = torch.rand(tokens, experts, device=device).topk(top_k, -1)
+    return ids, weights
+
+
 def _in_fragments(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Weight:
     return from_plain(codes, FRAGMENTS), scale_from_plain(scale.view(torch.uint8), FRAGMENTS), factor
 
@@ -130,7 +142,7 @@ def _leave_nan_behind(device: torch.device) -> None:
         del full
 
 
-Task = tuple[Launch, int, int, int, torch.device]
+Task = tuple[Launch, Dense | Moe, int, torch.device]
 """The arguments of `faults`."""
 
 
@@ -163,66 +175,97 @@ def _act_as(sm: int | None) -> None:
         act_as(sm)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Launches to try for a weight and a number of rows of x."""
-
-    case: Dense
-    tokens: int
-    tried: tuple[Launch, ...]
-
-
-def parse_trials(line: str) -> list[Trial]:
-    """``SHAPE TOKENS ... | LAUNCH | LAUNCH ...``: a trial for each number of tokens. Raises OptionError for no such."""
-    what, *tried = (part.strip() for part in line.split("|"))
-    shape, *tokens = what.split() or [""]
-    if not tokens or not all(map(str.isdecimal, tokens)):
-        raise OptionError(
-            "this is nothing to try",
-            seen=line,
-            expected="SHAPE TOKENS ... | LAUNCH | LAUNCH ...",
-            do='write "nano.out_proj 8 16 | FewRows(8, 8, 16, slots=4, early=True)"',
-        )
-    case, launches = parse_shape(shape), tuple(map(parse_launch, tried))
-    return [Trial(case, int(count), launches) for count in tokens]
-
-
 def compare(trials: Sequence[Trial], device: torch.device, sm: int | None = None) -> Iterator[str]:
-    """A line for each trial with BF16's time, and one for each launch: the tables' first."""
-    bf16_product = product
-    if sm:
-        from fp4pass.lowering.older import bf16_product
+    """A line for each trial, and one for each launch: the tables' first.
+
+    Beside linear layers BF16 is timed; launches of experts stand beside that of the tables.
+    """
     tasks: dict[Trial, list[Task]] = {}
     for trial in trials:
-        case = trial.case
-        taken = target(device).launch(trial.tokens, torch.bfloat16, FRAGMENTS, columns=case.n, depth=case.k)
-        launches = dict.fromkeys((taken, *trial.tried))
-        tasks[trial] = [(each, case.n, case.k, trial.tokens, device) for each in launches]
+        launches = dict.fromkeys((_taken(trial, device), *trial.tried))
+        tasks[trial] = [(each, trial.case, trial.tokens, device) for each in launches]
     every = list(dict.fromkeys(itertools.chain.from_iterable(tasks.values())))
     wrong = dict(zip(every, checked(every, sm), strict=True))
     for case, same in itertools.groupby(tasks, lambda trial: trial.case):
-        made = (nvfp4.quantize(torch.randn(case.n, case.k, device=device)) for _ in range(copies(case.weight_bytes())))
-        weights = [_in_fragments(*each) for each in made]
-        sizes = {"size": (case.n, case.k), "device": device, "dtype": torch.bfloat16}
-        dense = [torch.randn(**sizes) for _ in range(copies(2 * case.n * case.k))]
+        subject = _Block(case, device) if isinstance(case, Moe) else _Linear(case, device, sm)
         for trial in same:
-            count = trial.tokens
-            x, least = torch.randn(count, case.k, device=device, dtype=torch.bfloat16), roofline(*case.cost(count))
-            bf16 = microseconds([functools.partial(bf16_product, x, each) for each in dense], device, least)
-            yield f"{case.name} {case.shape}, {count} tokens: BF16 {bf16:.2f} us, roofline {least:.2f}"
+            time, beside, heading = subject.at(trial.tokens)
+            yield f"{case.name} {case.shape}, {trial.tokens} tokens: {heading}"
             for task in tasks[trial]:
                 if fault := wrong[task]:
                     yield f"  {fault}  {task[0]!r}"
-                else:
-                    ours = microseconds([functools.partial(run_with, task[0], x, e) for e in weights], device, least)
-                    yield f"  {ours:8.2f} {bf16 / ours:5.2f}  {task[0]!r}"
+                    continue
+                ours = time(task[0])
+                beside = beside or ours
+                yield f"  {ours:8.2f} {beside / ours:5.2f}  {task[0]!r}"
+
+
+def _taken(trial: Trial, device: torch.device) -> Launch:
+    """What the tables have for a trial."""
+    case, rows = trial.case, trial.tokens
+    if isinstance(case, Dense):
+        return target(device).launch(rows, torch.bfloat16, FRAGMENTS, columns=case.n, depth=case.k)
+    rows = rows_of_expert(rows * case.top_k, case.experts)
+    return target(device).launch(rows, torch.bfloat16, FRAGMENTS, columns=case.inner, depth=case.width, experts=True)
+
+
+Subject = tuple[Callable[[Launch], float], float, str]
+"""At some tokens: how to time a launch, the microseconds to hold it against (0: those of the first), and a heading."""
+
+
+class _Linear:
+    """A linear layer: weights in turn, packed and in BF16."""
+
+    def __init__(self, case: Dense, device: torch.device, sm: int | None) -> None:
+        made = (nvfp4.quantize(torch.randn(case.n, case.k, device=device)) for _ in range(copies(case.weight_bytes())))
+        self.case, self.device, self.weights = case, device, [_in_fragments(*each) for each in made]
+        sizes = {"size": (case.n, case.k), "device": device, "dtype": torch.bfloat16}
+        self.dense = [torch.randn(**sizes) for _ in range(copies(2 * case.n * case.k))]
+        self.bf16_product = product
+        if sm:
+            from fp4pass.lowering.older import bf16_product
+
+            self.bf16_product = bf16_product
+
+    def at(self, tokens: int) -> Subject:
+        x = torch.randn(tokens, self.case.k, device=self.device, dtype=torch.bfloat16)
+        least = roofline(*self.case.cost(tokens))
+
+        def time(only: Launch) -> float:
+            return microseconds([functools.partial(run_with, only, x, e) for e in self.weights], self.device, least)
+
+        bf16 = microseconds([functools.partial(self.bf16_product, x, e) for e in self.dense], self.device, least)
+        return time, bf16, f"BF16 {bf16:.2f} us, roofline {least:.2f}"
+
+
+class _Block:
+    """A block of experts, which a call with few tokens has others of than the call before."""
+
+    def __init__(self, case: Moe, device: torch.device) -> None:
+        self.case, self.device, self.weights = case, device, _block(case.experts, case, device)
+
+    def at(self, tokens: int) -> Subject:
+        case = self.case
+        x = torch.randn(tokens, case.width, device=self.device, dtype=torch.bfloat16)
+        ids, weights = _routing(tokens, case.top_k, case.experts, self.device)
+        active = len(ids.unique())
+        least = roofline(*case.cost(tokens, active))
+        others = torch.randperm(case.experts, device=self.device)
+        turns = range(copies(active * case.expert_bytes()))
+        routings = [(others[(ids + turn * active) % case.experts], weights) for turn in turns]
+
+        def time(only: Launch) -> float:
+            calls = [functools.partial(run_block_with, only, x, each, *self.weights) for each in routings]
+            return microseconds(calls, self.device, least)
+
+        return time, 0.0, f"roofline {least:.2f} us"
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for arguments or a machine that do not allow it."""
     parser = argparse.ArgumentParser(
         "python -m fp4pass.bench.tune",
-        description="launches of linear layers, held against float64 and timed",
+        description="launches of linear layers and of experts, held against float64 and timed",
         fromfile_prefix_chars="@",
     )
     parser.add_argument(
@@ -243,7 +286,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     kernels = f"kernels of SM{arguments.as_sm}, " if arguments.as_sm else ""
     print(header(machine(device)))
-    print(f"{kernels}microseconds, time of BF16 over it; the first launch is what the tables have")
+    print(f"{kernels}microseconds, time of BF16 over it (of experts: of the first); the first is what the tables have")
     for line in compare(trials, device, arguments.as_sm):
         print(line, flush=True)
     return 0
