@@ -106,8 +106,8 @@ _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
 # of them less than one that is half empty. For 520 and 1,100 rows of x they took 0.76 to 1.02 times as long on an H200.
 # With more rows it is a smaller part of the whole.
 _MOST_IN_HALVES = 3072
-# Tiles of 192 rows, for so many rows of x that one row of them is full, or three. Each takes 0.86 times as long as one
-# of 256, and both other sizes take four such rows of tiles, or five halves.
+# Tiles of 192 rows, which take 0.86 times as long as those of 256 and 1.7 times as long as those of 128: for rows of x
+# that fill one row of them, three or six, where one, three or five of 256, or two, five or nine of 128 would be needed.
 _IN_BANDS = ((ANY, ManyRows(192, 5, deep=1, band=64)),)
 # How many rows beyond full tiles have a launch of their own, as was fastest on an H200: of a weight with many tiles, or
 # where there are many such rows of tiles before; of one with fewer. Low and high weights lose by it.

@@ -12,7 +12,7 @@
 A weight is ``e2m1(codes) * e4m3(scale) * global_scale``: codes uint8 ``[..., N, K/2]`` in ``layout``, scale uint8
 ``[..., N, K/16]`` (the bytes of E4M3), global_scale float32 ``[]``, ``[1]`` or one an expert, or None. Activations are
 bfloat16, float16 or float32; the result has their dtype, but that of ``linear`` has ``out_dtype`` where one is given.
-Every op raises ArgumentError for operands that do not fit.
+Every op raises ArgumentError for operands that do not fit. (Compiled graphs call unchecked forms of them: registry.py.)
 
 ``dequantize`` is composite: for dynamo it is one operation to trace instead of up to seventy, and whoever traces on
 (AOTAutograd, before any pass sees the graph) finds the plain operations that it consists of.

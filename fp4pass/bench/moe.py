@@ -12,8 +12,9 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from fp4pass import _torch, nvfp4
 from fp4pass.bench.cases import Moe
-from fp4pass.bench.clock import BYTES_IN_TURN, copies, microseconds, relative_error, roofline, sample
+from fp4pass.bench.clock import BYTES_IN_TURN, microseconds, relative_error, roofline, sample
 from fp4pass.bench.compiled import Reading, at_once, chosen, compile_ours, compile_plain, floor
+from fp4pass.bench.routed import EXPERTS_AT_ONCE, random_experts, routings
 from fp4pass.bench.table import Row
 from fp4pass.checkpoint.modules import NVFP4Experts
 from fp4pass.lowering import reference
@@ -22,9 +23,6 @@ from fp4pass.report import last_report
 
 # Errors are taken over so many rows of the products at most: tokens, each with its experts.
 _MOST_SLOTS = 384
-
-# Quantizing holds several float32 copies of a weight.
-_EXPERTS_AT_ONCE = 16
 
 
 @torch.no_grad()
@@ -54,8 +52,8 @@ class _Block:
 
     def __init__(self, case: Moe, device: torch.device, bytes_in_turn: int, plain_backend: str) -> None:
         self.case, self.device, self.bytes_in_turn = case, device, bytes_in_turn
-        up = _random_weight(case.experts, case.inner, case.width, device)
-        down = _random_weight(case.experts, case.width, case.inner, device)
+        up = random_experts(case.experts, case.inner, case.width, device)
+        down = random_experts(case.experts, case.width, case.inner, device)
         self.packed = _packed_module(case, up, down)
         self.dense = _dense_module(case, up, down)
         self.compiled, self.plain = compile_ours(), compile_plain(plain_backend)
@@ -63,20 +61,20 @@ class _Block:
     def compile_kernels(self, tokens: Sequence[int]) -> None:
         """All of ours that rows for so many tokens launch."""
         x = torch.randn(max(tokens), self.case.width, device=self.device, dtype=torch.bfloat16)
-        ids, weights = self._routings(max(tokens))[0]
+        ids, weights = routings(self.case, max(tokens), self.device, self.bytes_in_turn)[0]
         at_once([functools.partial(self.packed, x[:count], ids[:count], weights[:count]) for count in tokens])
 
     def row(self, tokens: int) -> Row:
         """Everything about one number of tokens."""
         case, device = self.case, self.device
         x = torch.randn(tokens, case.width, device=device, dtype=torch.bfloat16)
-        routings = self._routings(tokens)
-        ids, weights = routings[0]
+        in_turn = routings(case, tokens, device, self.bytes_in_turn)
+        ids, weights = in_turn[0]
         active = len(ids.unique())
         least = roofline(*case.cost(tokens, active))
-        ours = [functools.partial(self.compiled, self.packed, x, *each) for each in routings]
-        plain = [functools.partial(self.plain, self.dense, x, *each) for each in routings]
-        readings = [list(self._readings(each)) for each, _ in routings]
+        ours = [functools.partial(self.compiled, self.packed, x, *each) for each in in_turn]
+        plain = [functools.partial(self.plain, self.dense, x, *each) for each in in_turn]
+        readings = [list(self._readings(each)) for each, _ in in_turn]
         few = sample(tokens, max(1, _MOST_SLOTS // case.top_k))
         truth, found, rounded = self._exact(x[few], ids[few], weights[few]), ours[0](), plain[0]()
         return Row(
@@ -102,16 +100,6 @@ class _Block:
         whole = any(entry.op == "fp4pass.experts" for entry in last_report().rewritten)
         return name if whole else f"{name}, product by product"
 
-    def _routings(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(ids, weights) for calls in turn. With few tokens each goes to other experts than the one before it."""
-        case = self.case
-        scores, ids = torch.rand(tokens, case.experts, device=self.device).topk(case.top_k, -1)
-        weights = scores / scores.sum(-1, keepdim=True)
-        active, ranks = ids.unique(return_inverse=True)
-        others = torch.randperm(case.experts, device=self.device)
-        turns = range(copies(len(active) * case.expert_bytes(), self.bytes_in_turn))
-        return [(others[(ranks + turn * len(active)) % case.experts], weights) for turn in turns]
-
     def _readings(self, ids: torch.Tensor) -> Iterator[Reading]:
         for name in self.packed.matrices:
             codes, scale, _ = self.packed.operands(name)
@@ -120,15 +108,6 @@ class _Block:
     def _exact(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         operands = (*self.packed.operands("up_proj"), *self.packed.operands("down_proj"))
         return reference.experts(x.double(), ids, weights, *operands, "relu2", self.packed.layout, torch.float64)
-
-
-def _random_weight(experts: int, n: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Codes, scale and global scales of normal weights with variance 1/K, so that activations keep their size."""
-    counts = (min(_EXPERTS_AT_ONCE, experts - start) for start in range(0, experts, _EXPERTS_AT_ONCE))
-    pieces = [nvfp4.quantize(torch.randn(count, n, k, device=device) / k**0.5) for count in counts]
-    codes, scale, factor = zip(*pieces, strict=True)
-    scale_bytes = torch.cat([part.view(torch.uint8) for part in scale])
-    return torch.cat(codes), scale_bytes.view(torch.float8_e4m3fn), torch.cat(factor)
 
 
 def _packed_module(case: Moe, up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...]) -> NVFP4Experts:
@@ -149,7 +128,7 @@ def _dense_module(case: Moe, up: tuple[torch.Tensor, ...], down: tuple[torch.Ten
 
 def _rounded(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The dense weight in BF16, a few experts at a time."""
-    pieces = zip(*(part.split(_EXPERTS_AT_ONCE) for part in (codes, scale, factor)), strict=True)
+    pieces = zip(*(part.split(EXPERTS_AT_ONCE) for part in (codes, scale, factor)), strict=True)
     return torch.cat([nvfp4.dequantize(*piece) for piece in pieces])
 
 

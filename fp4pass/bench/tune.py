@@ -1,4 +1,4 @@
-"""Launches of a linear layer or a block of experts beside each other, for who chooses them in lowering/heuristics_*.py.
+"""Launches of linear layers or blocks of experts side by side, for whoever chooses them in lowering/heuristics_*.py.
 
     python -m fp4pass.bench.tune "nano.out_proj 8 16 | ManyRows(16, 6, room=2)" "256x2688 64 | ..." ...
     python -m fp4pass.bench.tune "nano.experts 2048 | ManyRows(256, 5, deep=1, band=64)"
@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch.nn.functional import linear as product
@@ -27,6 +27,7 @@ from fp4pass import nvfp4
 from fp4pass.bench.cases import Dense, Moe
 from fp4pass.bench.clock import copies, microseconds, relative_error, roofline
 from fp4pass.bench.command import gpu, machine
+from fp4pass.bench.routed import Routing, random_experts, routings
 from fp4pass.bench.table import header
 from fp4pass.bench.trials import Launch, Trial, parse_trials
 from fp4pass.errors import Fp4passError
@@ -36,8 +37,6 @@ from fp4pass.lowering.launches import InParts
 from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
 
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Routing = tuple[torch.Tensor, torch.Tensor]
-"""Experts' ids and weights ``[tokens, top_k]``."""
 
 WITHIN, OF_EXPERTS_WITHIN = 0.002, 0.003
 """The largest relative errors to float64 that a launch may have: rounding its result to BF16 makes 0.0017, give or take
@@ -99,36 +98,29 @@ def _faults_of_linear(only: Launch, n: int, k: int, tokens: int, device: torch.d
 
 def _faults_of_block(only: Launch, case: Moe, tokens: int, device: torch.device) -> str:
     """Of a few experts, each with as many rows as to expect in the case, one with none, and one with all."""
-    count, top_k = min(case.experts, 8), min(case.top_k, 2)
-    up, down = _block(count, case, device)
+    few = replace(case, experts=min(case.experts, 8), top_k=min(case.top_k, 2))
+    up, down = _block(few, device)
     rows = rows_of_expert(tokens * case.top_k, case.experts)
-    slots = max(1, rows * count // top_k)
+    slots = max(1, rows * few.experts // few.top_k)
     x = torch.randn(slots, case.width, device=device, dtype=torch.bfloat16)
-    uneven = _routing(slots, top_k, count - 1, device)
+    uneven = routings(replace(few, experts=few.experts - 1), slots, device)[0]
     for name, routing in (("uneven", uneven), ("one", (torch.zeros_like(uneven[0][:, :1]), uneven[1][:, :1]))):
         exact = reference.experts(x.double(), *routing, *up, *down, "relu2", FRAGMENTS, torch.float64)
         for _ in range(2):
             _leave_nan_behind(device)
             error = relative_error(run_block_with(only, x, routing, up, down), exact)
             if not error <= OF_EXPERTS_WITHIN:
-                return f"wrong: error {error:.1e} for {slots} rows and {name} of {count} experts"
+                return f"wrong: error {error:.1e} for {slots} rows and {name} of {few.experts} experts"
     return ""
 
 
-def _block(count: int, case: Moe, device: torch.device) -> tuple[Weight, Weight]:
-    """Both weights of so many of a case's experts, of variance 1/K."""
-    sizes = ((case.inner, case.width), (case.width, case.inner))
-    of_each = [
-        [_in_fragments(*nvfp4.quantize(torch.randn(1, n, k, device=device) / k**0.5)) for _ in range(count)]
-        for n, k in sizes
-    ]
-    up, down = (tuple(map(torch.cat, zip(*each, strict=True))) for each in of_each)
+def _block(case: Moe, device: torch.device) -> tuple[Weight, Weight]:
+    """Both weights of a case's experts."""
+    up, down = (
+        _in_fragments(*random_experts(case.experts, n, k, device))
+        for n, k in ((case.inner, case.width), (case.width, case.inner))
+    )
     return up, down
-
-
-def _routing(tokens: int, top_k: int, experts: int, device: torch.device) -> Routing:
-    weights, ids = torch.rand(tokens, experts, device=device).topk(top_k, -1)
-    return ids, weights
 
 
 def _in_fragments(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Weight:
@@ -242,20 +234,16 @@ class _Block:
     """A block of experts, which a call with few tokens has others of than the call before."""
 
     def __init__(self, case: Moe, device: torch.device) -> None:
-        self.case, self.device, self.weights = case, device, _block(case.experts, case, device)
+        self.case, self.device, self.weights = case, device, _block(case, device)
 
     def at(self, tokens: int) -> Subject:
         case = self.case
         x = torch.randn(tokens, case.width, device=self.device, dtype=torch.bfloat16)
-        ids, weights = _routing(tokens, case.top_k, case.experts, self.device)
-        active = len(ids.unique())
-        least = roofline(*case.cost(tokens, active))
-        others = torch.randperm(case.experts, device=self.device)
-        turns = range(copies(active * case.expert_bytes()))
-        routings = [(others[(ids + turn * active) % case.experts], weights) for turn in turns]
+        in_turn = routings(case, tokens, self.device)
+        least = roofline(*case.cost(tokens, len(in_turn[0][0].unique())))
 
         def time(only: Launch) -> float:
-            calls = [functools.partial(run_block_with, only, x, each, *self.weights) for each in routings]
+            calls = [functools.partial(run_block_with, only, x, each, *self.weights) for each in in_turn]
             return microseconds(calls, self.device, least)
 
         return time, 0.0, f"roofline {least:.2f} us"

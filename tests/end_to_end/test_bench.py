@@ -14,7 +14,7 @@ import torch
 
 import fp4pass
 from fp4pass import nvfp4
-from fp4pass.bench import cases, clock, compiled, compiles, dense, moe, table
+from fp4pass.bench import cases, clock, compiled, compiles, dense, moe, routed, table
 from fp4pass.checkpoint.releases import RELEASES
 from fp4pass.checkpoint.tensors import products
 from fp4pass.cli import ERROR, FOUND_FAULTS, OK, main
@@ -128,10 +128,10 @@ def test_a_wrong_result_has_no_ratio(spoil, monkeypatch):
 
 def test_calls_in_turn_go_to_other_experts_while_there_are_others():
     case = cases.Moe("block", 8, 2, 16, 16)
-    block = moe._Block(case, CPU, 4 * 2 * case.expert_bytes(), "eager")
-    chosen = torch.cat([ids.flatten() for ids, _ in block._routings(1)])
+    in_turn = 4 * 2 * case.expert_bytes()
+    chosen = torch.cat([ids.flatten() for ids, _ in routed.routings(case, 1, CPU, in_turn)])
     assert sorted(chosen.tolist()) == list(range(8))
-    ids, weights = block._routings(5)[0]
+    ids, weights = routed.routings(case, 5, CPU, in_turn)[0]
     assert all(len(set(row)) == 2 for row in ids.tolist())
     assert torch.allclose(weights.sum(-1), torch.ones(5))
 

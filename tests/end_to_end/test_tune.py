@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fp4pass.bench import trials, tune
+from fp4pass.bench import routed, trials, tune
 from fp4pass.bench.cases import DENSE, MOE, Moe
 from fp4pass.errors import OptionError
 from fp4pass.lowering import reference
@@ -21,7 +21,7 @@ from fp4pass.lowering.layout import FRAGMENTS
 
 CPU = torch.device("cpu")
 RIGHT, WRONG = FewRows(4, 8, 8, slots=4), ManyRows(16, 6, room=2)
-BLOCK = Moe("block", 16, 3, 128, 192)
+BLOCK = Moe("block", 16, 3, 256, 192)
 
 
 @pytest.fixture
@@ -136,12 +136,12 @@ def test_only_what_is_right_is_timed(twin, monkeypatch):
 
 
 def test_launches_of_experts_stand_beside_that_of_the_tables(twin, monkeypatch):
-    monkeypatch.setattr(tune, "copies", lambda size: 2)
+    monkeypatch.setattr(routed, "copies", lambda size, in_turn: 2)
     monkeypatch.setattr(tune, "target", lambda device: ARCHS[90])
     monkeypatch.setattr(tune, "checked", lambda tasks, sm: map(tune._try, tasks))
     heading, ours, right, wrong = tune.compare([trials.Trial(BLOCK, 40, (RIGHT, WRONG))], CPU)
-    assert heading.startswith("block 16 x 192 x 128, top 3, 40 tokens: roofline ")
-    taken = ARCHS[90].launch(8, torch.bfloat16, FRAGMENTS, columns=192, depth=128, experts=True)
+    assert heading.startswith("block 16 x 192 x 256, top 3, 40 tokens: roofline ")
+    taken = ARCHS[90].launch(8, torch.bfloat16, FRAGMENTS, columns=192, depth=256, experts=True)
     assert float(ours.split()[1]) == 1 and ours.endswith(repr(taken)) and right.endswith(repr(RIGHT))
     assert wrong.startswith("  wrong: error ") and wrong.endswith(repr(WRONG))
 
