@@ -227,8 +227,9 @@ def _experts_of(
     asm: bool,
 ) -> None:
     """Write the block's result for the tokens of ``x`` into ``out``, a part of the whole result."""
-    flat, choices = ids.reshape(-1), ids.shape[1]
-    inner, columns, routing = up.codes.shape[1], out.shape[1], weights.reshape(-1)
+    # Of one choice each, or of one token, a reshape alone is a view with the strides that were there.
+    flat, routing = (each.reshape(-1).contiguous() for each in (ids, weights))
+    inner, columns, choices = up.codes.shape[1], out.shape[1], ids.shape[1]
     of_expert = rows_of_expert(len(flat), up.count)
     # Both products run by one schedule, so what one of them cannot run with is not for the other either.
     launch, other = (launch_for(arch, of_expert, x, each, asm=asm, experts=True) for each in (up, down))

@@ -234,6 +234,17 @@ def test_experts_meet_the_oracle_with_sentinels_and_empty_experts(tokens, activa
     assert relative_error(result, exact) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("tokens", "choices"), [(5, 1), (1, 2), (40, 1), (3, 2)])
+def test_ids_and_weights_of_experts_have_any_strides(tokens, choices):
+    up, down = weight(7, 48, 80, seed=2), weight(7, 112, 48, seed=3)
+    ids, weights = torch.randint(0, 7, (2 * tokens, 4)), torch.rand(2 * tokens, 4)
+    x, some = activations(tokens, 80), (slice(None, None, 2), slice(0, 2 * choices, 2))
+    others = (*up, *down, "relu2", layout.PLAIN)
+    result = moe.experts(x, ids[some], weights[some], *others, **PLAIN_FORM)
+    exact = reference.experts(x, ids[some], weights[some], *others, torch.float64)
+    assert relative_error(result, exact) < TOLERANCE[x.dtype]
+
+
 @EACH_FORM
 @pytest.mark.parametrize("rows", (5, 150))
 def test_gathered_and_grouped_meet_the_oracle(rows, dtype, form):
