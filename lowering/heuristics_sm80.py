@@ -33,11 +33,8 @@ _EXPERTS = (
     (0, FewRows(4, 4, 1)),
     (8, FewRows(4, 8, 8, across=4, slots=8)),
     (16, FewRows(4, 8, 16, across=4, slots=8)),
-    (32, MmaRows(32)),
-    (64, MmaRows(64)),
-    (112, MmaRows(128)),
-    (512, MmaRows(64)),
-    (ANY, MmaRows(128)),
+    (32, MmaRows(32, registers=128)),
+    (ANY, MmaRows(64, registers=168)),
 )
 # Where there are fewer tiles of 64 x 64 than multiprocessors, warps share K; with half as many, more of them.
 _SHARED, _MORE_SHARED = FewRows(8, 4, 64, across=4, slots=4), FewRows(8, 4, 32, across=2, slots=4)
@@ -47,7 +44,12 @@ _SMALLER_TILES: tuple[Timed, ...] = (
     (MmaRows(64, high=1), (0.43, 0.53, 0.73, 0.96, 1.2)),
     (MmaRows(64, ahead=2), (0.55, 0.8)),
 )
-_TILES = (*_SMALLER_TILES, (MmaRows(64, registers=168), (0.57, 0.83, 1.16)), (MmaRows(128, warps=8), (1.5,)))
+_TILES = (
+    *_SMALLER_TILES,
+    (MmaRows(32, registers=128), (0.49, 0.6, 0.74, 0.93)),
+    (MmaRows(64, registers=168), (0.57, 0.83, 1.16)),
+    (MmaRows(128, warps=8), (1.5,)),
+)
 # 8-bit weights take longer to decode, for which the largest tile has the fewest warps, and fewer registers are too few.
 _TILES_OF_BYTES = (*_SMALLER_TILES, (MmaRows(128), (1.03, 1.52)))
 _SMALLEST = _TILES[0][0]

@@ -34,13 +34,18 @@ from .units import UNIT_COLUMNS, activate, decode_units
 
 # Rows of x that are in registers at once.
 CHUNK = gl.constexpr(64)
+# How many of the last rows are read for those that a tile lacks.
+LAST = gl.constexpr(16)
 
 
 @gluon.jit
 def rows_of_tile(first, end, plan, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """(row, whether it is there) of a tile's rows from ``first`` to ``end``: slots, where there is a ``plan``."""
+    """(row, whether it is there) of a tile's rows from ``first`` to ``end``: slots, where there is a ``plan``.
+
+    Rows that are not there are read as several of the last: one alone all programs would read at the same time.
+    """
     at = first + gl.arange(0, BLOCK_M, layout=LAYOUT)
-    row = gl.minimum(at, end - 1)
+    row = gl.where(at < end, at, gl.maximum(end - 1 - at % LAST, 0))
     if plan[3] is not None:
         row = gl.load(plan[3] + row)
     return row, at < end

@@ -37,8 +37,9 @@ EACH = pytest.mark.parametrize(("generation", "launch", "product"), list(every_c
 # Where 128 rows of x leave few registers, addresses of x are put aside, and most taken back once in a turn of the loop:
 # the most loads and stores that Triton 3.6 and 3.9 leave, of a kernel with 384 products.
 MOST_SPILLS = 80
-# And where registers are fewer than the kernel would take, so that there is room for one program more.
-MOST_SPILLS_OF_FEWER = 14
+# And where registers are fewer than the kernel would take, so that there is room for one program more; outside of the
+# loop, where experts' second product has float32 sums and 64-bit addresses of scattered rows.
+MOST_SPILLS_OF_FEWER = {"dense": 14, "up": 14, "down": 46}
 # Of a multiprocessor, in bytes, and what each program takes beside its own.
 SHARED, RESERVED, REGISTERS = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10}, 1024, 65536
 
@@ -60,7 +61,7 @@ def test_only_generations_before_hopper_have_launches():
 @EACH
 def test_launch_compiles_within_shared_memory_and_registers(generation, launch, product):
     kernel = compiled(generation, launch, product)
-    many, fewer = MOST_SPILLS if launch.block_m >= 128 else 0, MOST_SPILLS_OF_FEWER if launch.registers else 0
+    many, fewer = MOST_SPILLS if launch.block_m >= 128 else 0, MOST_SPILLS_OF_FEWER[product] if launch.registers else 0
     compiling.assert_fits(generation, kernel, spills=many + fewer)
 
 
@@ -96,6 +97,7 @@ def test_a_step_has_one_barrier_and_few_instructions_beside_its_products(generat
     products = len(compiling.places(turn, "HMMA"))
     assert products == launch.slots * launch.high * 4 * launch.block_m // 8
     assert len(compiling.places(turn, "BAR")) < launch.slots
+    assert launch.block_m >= 128 or not [line for line in turn if line.startswith(("LDL", "STL"))]
     assert (len(turn) - products) / (launch.slots * launch.high * 16) < (21 if product == "fp8" else 13)
 
 
