@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .epilogue import GROUP_ROWS, sums_layout
+from .sharing import rows_of_box
 from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, decode_units
 
 
@@ -45,6 +46,12 @@ def size_of(nth, bm, band):
 def begin_of(nth, bm, band):
     """Which row of the tile is its first."""
     return sum(bands_of(bm, band)[:nth])
+
+
+@gluon.constexpr_function
+def in_two_boxes(bm, band):
+    """Whether rows of x come as two halves of a single band, of which one may be enough."""
+    return band == bm == 2 * rows_of_box(bm, band)
 
 
 @gluon.jit
@@ -125,6 +132,22 @@ def products(
 def nothing(ROWS: gl.constexpr):
     """Sums of no steps."""
     return gl.zeros([GROUP_ROWS, ROWS], gl.float32, layout=sums_layout(ROWS))
+
+
+@gluon.jit
+def product_of(ring, steps, rows, GROUP: gl.constexpr, SPLIT: gl.constexpr, BM: gl.constexpr):
+    """``products`` of a single band; of its first half alone, where that has all ``rows`` of the tile.
+
+    The other half of the sums is zero then. It has no registers of its own before they are all there: two loops that
+    write the same ones, or only some of them, the compiler would serialise.
+    """
+    if rows <= BM // 2:
+        half = products(ring, steps, GROUP, SPLIT, BM // 2, BM // 2, 1)[0]
+        both = gl.join(half, gl.zeros_like(half)).permute([0, 2, 1]).reshape([GROUP_ROWS, BM])
+        acc = gl.convert_layout(both, sums_layout(BM), assert_trivial=True)
+    else:
+        acc = products(ring, steps, GROUP, SPLIT, BM, BM, 1)[0]
+    return acc
 
 
 @gluon.jit

@@ -68,7 +68,7 @@ def load(
     DEEP: gl.constexpr = tokens.shape[0] // STAGES
     BOX: gl.constexpr = rows_of_box(BM, BAND)
     MOST: gl.constexpr = BM // BOX
-    FEWEST: gl.constexpr = MOST if plan[0] is None or BAND == BM else 1
+    FEWEST: gl.constexpr = MOST if plan[0] is None else 1
     early = 0
     if total > 0:
         tile, first, last = stretch(0, share, STEPS)

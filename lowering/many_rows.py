@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arch import multiprocessors
-from .bands import bands_with, begin_of, number_of_bands, products_with
+from .bands import bands_with, begin_of, in_two_boxes, number_of_bands, product_of, products_with
 from .epilogue import GROUP_ROWS, finish, meet, place_to_meet, shared_factor
 from .exchange import collect, leave, places
 from .gather import by_expert
@@ -67,7 +67,10 @@ def multiply(
         it += last - first
         # Of a dense product all tiles are nearly full: where a few rows are left over, they have a launch of their own.
         bands = BANDS if plan[0] is None else bands_with(end - row, BM, BAND)
-        accs = products_with(ring, (mine, it), bands, GROUP, SPLIT, BM, BAND, BANDS)
+        if plan[0] is not None and in_two_boxes(BM, BAND):
+            accs = (product_of(ring, (mine, it), end - row, GROUP, SPLIT, BM),)
+        else:
+            accs = products_with(ring, (mine, it), bands, GROUP, SPLIT, BM, BAND, BANDS)
         if (first == 0) & (last < STEPS):
             accs = collect(accs, bands, parts, share, last, GROUP, PART, ACROSS, SPLIT, STEPS, BM, BAND, AT_ONCE)
         if SPLIT > 1:

@@ -18,7 +18,7 @@ from . import gluon_compiling as compiling
 HOPPER = arch.ARCHS[90]
 # What Triton 3.9 at most puts aside before the loops and takes again once, parts of the thread's number that all groups
 # need: so many loads and stores, by rows of x, product and groups. Triton 3.6 makes none.
-MOST_SPILLS = {(64, "dense", 2): 11, (64, "up", 2): 9, (64, "down", 2): 4}
+MOST_SPILLS = {(64, "dense", 2): 11, (64, "up", 2): 9, (64, "down", 2): 7}
 MOST_SPILLS |= {(64, "dense", 4): 5, (16, "dense", 4): 32, (8, "dense", 4): 3}
 PUTS_ASIDE = not version("triton").startswith("3.6")
 # Instructions of the loop for a word of eight codes, everything included; the decoding takes 13 of them.
@@ -53,7 +53,7 @@ def compiled(launch, product):
 def loops(launch, product):
     """The groups' loops over K, from a wait for a stage to the jump back behind the products, and of how many bands.
 
-    Of experts each group has one for every number of bands that hold rows.
+    Of experts each group has one for every number of bands that hold rows, or one for half of a single band, too.
     """
     code = compiling.operations(compiled(launch, product))
     products = compiling.places(code, "HGMMA")
@@ -67,6 +67,8 @@ def loops(launch, product):
         found.append((code[begin : end + 1], len(group) // (4 * launch.deep)))
     assert not products
     of_group = range(1, all_bands + 1) if product in ("up", "down") else (all_bands,)
+    if product in ("up", "down") and bands.in_two_boxes(launch.block_m, launch.band):
+        of_group = (1, 1)
     assert sorted(number for _, number in found) == sorted([*of_group] * launch.across * launch.split)
     return found
 
