@@ -295,12 +295,12 @@ def linear(
     m, k = rows.shape
     n = out.shape[1]
     rows = readable(rows)
-    constants = dict(launch.constants)
+    constants = launch.constants
     high = max(1, min(launch.high, n // (16 * launch.across)))
     tiles = -(-(n // 16) // (launch.across * high)), -(-m // launch.block_m)
-    if tiles[0] * tiles[1] > launch.room * multiprocessors(rows.device):
+    if launch.room and tiles[0] * tiles[1] > launch.room * multiprocessors(rows.device):
         # Better unevenly than one after the other: that GPU is not as large as the one that the launch was chosen for.
-        constants["LEAST_KIB"] = 0
+        constants = constants | {"LEAST_KIB": 0}
     start(
         linear_kernel,
         tiles,

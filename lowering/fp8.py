@@ -17,7 +17,7 @@ from fp4pass.errors import GradientError
 
 from . import checks
 from .arch import target
-from .ops import kernels
+from .ops import kernels, on_device_of
 from .reference import decode_scale
 from .registry import is_registered, register
 
@@ -83,19 +83,18 @@ def _on_cuda(
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    with torch.cuda.device_of(x):
-        if input_scale is None:
-            return _launch(x, weight, weight_scale, bias)
-        values = rounded(x, input_scale)
-        if target(x.device).sm < FIRST_FP8_SM or not in_fp8(*weight.shape):
-            return _launch(values.to(x.dtype), weight, weight_scale * input_scale.reshape(weight_scale.shape), bias)
-        return _multiplied_in_fp8(x, values, weight, weight_scale, input_scale, bias)
+    if input_scale is None:
+        return _launch(x, weight, weight_scale, bias)
+    values = rounded(x, input_scale)
+    if target(x.device).sm < FIRST_FP8_SM or not in_fp8(*weight.shape):
+        return _launch(values.to(x.dtype), weight, weight_scale * input_scale.reshape(weight_scale.shape), bias)
+    return _multiplied_in_fp8(x, values, weight, weight_scale, input_scale, bias)
 
 
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return kernels("fp8_linear").fp8_linear(x, weight, weight_scale, bias)
+    return on_device_of(x, kernels("fp8_linear").fp8_linear, (x, weight, weight_scale, bias))
 
 
 def _multiplied_in_fp8(

@@ -85,10 +85,9 @@ _HUGE = _dense_on_hopper(
     (128, _MIDDLE),
 )
 # Of experts' rows that is how many to expect: some have more. Slots that run by themselves have none.
-_FEW_OF_EXPERTS = ((0, FewRows(4, 4, 1)), (8, FewRows(4, 8, 8, across=4, slots=8)))
 _EXPERTS = (
-    *_FEW_OF_EXPERTS,
-    (12, FewRows(4, 8, 16, across=4, slots=8)),
+    (0, FewRows(4, 4, 1)),
+    (8, FewRows(4, 8, 8, across=4, slots=8)),
     (16, ManyRows(16, 8, 2)),
     (32, ManyRows(32, 4, 2)),
     (64, ManyRows(64, 3, 2)),

@@ -153,8 +153,9 @@ def linear(
     rows = rows_of(x)
     m = rows.shape[0]
     out = x.new_empty((m, n), dtype=out_dtype)
-    if out.numel() == 0:
-        return out.view(*x.shape[:-1], n)
+    result = out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+    if m == 0 or n == 0:
+        return result
     asm = asm and x.dtype != torch.float32
     weight = Weight(codes, scale, global_scale, layout)
     bias = bias if bias is None else bias.contiguous()
@@ -166,7 +167,10 @@ def linear(
         _in_tiles(rows, weight, bias, out, activation, arch, launch, asm)
     else:
         _in_fragments(rows, weight, bias, out, activation, launch)
-    return out.view(*x.shape[:-1], n)
+    return result
+
+
+_KERNELS = {FewRows: few_rows, ManyRows: many_rows, MmaRows: mma_rows}
 
 
 def _in_fragments(
@@ -177,8 +181,7 @@ def _in_fragments(
     activation: str,
     launch: FewRows | ManyRows | MmaRows,
 ) -> None:
-    kernel = {FewRows: few_rows, ManyRows: many_rows, MmaRows: mma_rows}[type(launch)]
-    kernel.linear(rows, weight, bias, out, activation, launch)
+    _KERNELS[type(launch)].linear(rows, weight, bias, out, activation, launch)
 
 
 def _in_tiles(

@@ -236,13 +236,14 @@ def _product(
     if rows.data_ptr() % 16 or rows.stride(0) % 8 or rows.stride(0) < k:
         # The copy engine cannot read such rows; of rows that overlap, as expanded ones do, nobody says that it can.
         rows = rows.clone(memory_format=torch.contiguous_format)
-    units, deep = launch.block_n // 16, launch.deep
+    box = [_rows_of_box(launch.block_m, launch.band), UNIT_COLUMNS.value]
+    units, deep, rows_of_units = launch.block_n // 16, launch.deep, weight.count * out.shape[1] // 16
     start(
         product_kernel,
         (programs,),
-        _Boxes(rows, [_rows_of_box(launch.block_m, launch.band), UNIT_COLUMNS.value], _swizzled()),
-        _Boxes(weight.words.view(-1, k * 2), [units, deep * UNIT_WORDS.value], _straight(32)),
-        _Boxes(weight.scale_pairs.view(-1, k // 2), [units, deep * UNIT_SCALES.value], _straight(16)),
+        _Boxes(rows, m, k, rows.stride(0), box, _swizzled()),
+        _Boxes(weight.words, rows_of_units, k * 2, k * 2, [units, deep * UNIT_WORDS.value], _straight(32)),
+        _Boxes(weight.scale_pairs, rows_of_units, k // 2, k // 2, [units, deep * UNIT_SCALES.value], _straight(16)),
         weight.global_scale,
         bias,
         routing,
@@ -265,14 +266,16 @@ def _programs(like: torch.Tensor, launch: ManyRows) -> int:
 
 
 class _Boxes(TensorDescriptor):
-    """A tensor as the copy engine reads it, in boxes.
+    """A tensor as the copy engine reads it, in boxes: as a matrix of contiguous rows, ``stride`` apart.
 
     Triton would ask of each at each launch whether it can, for a quarter of the time that the rest takes on the host.
     Of a weight `Weight.aligned` says so, and rows that are not fit were copied.
     """
 
-    def __init__(self, tensor: torch.Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> None:
-        super().__init__(tensor, tensor.shape, tensor.stride(), box, layout)
+    def __init__(
+        self, tensor: torch.Tensor, rows: int, columns: int, stride: int, box: list[int], layout: gl.NVMMASharedLayout
+    ) -> None:
+        super().__init__(tensor, [rows, columns], [stride, 1], box, layout)
 
     def __post_init__(self) -> None:
         pass

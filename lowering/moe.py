@@ -30,6 +30,9 @@ from .tile import activate, product_tile, times_global
 # With what the products before it hold this stays below 1 GB at Nano's widths.
 _WORKSPACE_BYTES = 768 << 20
 
+# Launches of kernels that take a schedule's blocks as they are. (A tuple: a union would be made anew at each call.)
+_BY_BLOCKS = (FewRows, MmaRows)
+
 
 @triton.jit(do_not_specialize=["slots_of_x"])
 def expert_product_kernel(
@@ -149,7 +152,7 @@ def gathered_linear(
     weight, rows, ids = Weight(codes, scale, global_scale, layout), rows_of(x), ids.contiguous()
     launch = launch_for(arch, rows_of_expert(len(ids), weight.count), x, weight, asm=asm, experts=True)
     plan = schedule(ids, weight.count, launch.block_m)
-    if isinstance(launch, FewRows | MmaRows):
+    if isinstance(launch, _BY_BLOCKS):
         kernel = few_rows if isinstance(launch, FewRows) else mma_rows
         kernel.expert_product(plan, rows, 1, weight, None, out, NO_ACTIVATION, launch)
     elif isinstance(launch, ManyRows):
@@ -210,6 +213,9 @@ def experts(
         return out.zero_()
     rows = rows_of(x)
     step = max(1, _WORKSPACE_BYTES // (choices * max(1, out.shape[1]) * torch.float32.itemsize))
+    if tokens <= step:
+        _experts_of(arch, rows, ids, weights, up, down, out, activation, asm)
+        return out
     for part in (slice(first, first + step) for first in range(0, tokens, step)):
         _experts_of(arch, rows[part], ids[part], weights[part], up, down, out[part], activation, asm)
     return out
@@ -239,7 +245,7 @@ def _experts_of(
     slots = x.new_empty((flat.shape[0], columns), dtype=torch.float32)
     # On Hopper these begin while the kernel before them ends.
     dependent = arch.wgmma and not isinstance(launch, Tile)
-    if isinstance(launch, FewRows | MmaRows):
+    if isinstance(launch, _BY_BLOCKS):
         kernel = few_rows if isinstance(launch, FewRows) else mma_rows
         hidden = x.new_empty((flat.shape[0], inner))
         chained = ((1,), (2,)) if dependent else ((), ())

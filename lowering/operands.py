@@ -72,6 +72,10 @@ def tensors_of(plan: Schedule | None) -> tuple[torch.Tensor | None, ...]:
     return (None,) * 4 if plan is None else (plan.experts, plan.order, plan.ends, plan.block_ends)
 
 
+# A tuple: a union would be made anew at each call.
+_BY_THE_COPY_ENGINE = (ManyRows, InParts)
+
+
 def launch_for(
     arch: Arch, rows: int, x: torch.Tensor, weight: Weight, *, asm: bool, experts: bool = False
 ) -> Launch | InParts | Tile:
@@ -79,7 +83,7 @@ def launch_for(
     n, k = weight.codes.shape[-2], weight.codes.shape[-1] * 2
     if asm and x.is_cuda:
         launch = arch.launch(rows, x.dtype, weight.layout, columns=n, depth=k, experts=experts)
-        if not isinstance(launch, ManyRows | InParts) or weight.aligned:
+        if not isinstance(launch, _BY_THE_COPY_ENGINE) or weight.aligned:
             return launch
     return arch.tile(rows, x.dtype, experts=experts, columns=n)
 
@@ -91,7 +95,7 @@ def has_dot_order(x: torch.Tensor, weight: Weight, *, asm: bool) -> bool:
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """``x [..., K]`` as a matrix ``[M, K]`` with contiguous rows at any distance; a copy only where they are not."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -20,6 +20,8 @@ Every op raises ArgumentError for operands that do not fit. (Compiled graphs cal
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -87,10 +89,22 @@ def _on_cpu(op: str, args: tuple[Any, ...]) -> torch.Tensor:
 
 
 def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
-    launch = getattr(kernels(op), op)
-    with torch.cuda.device_of(args[0]):
+    return on_device_of(args[0], getattr(kernels(op), op), args)
+
+
+_of_thread = threading.local()
+
+
+def on_device_of(x: torch.Tensor, launch: Callable[..., torch.Tensor], args: tuple[Any, ...]) -> torch.Tensor:
+    """``launch(*args)`` with the GPU of ``x`` as the current one."""
+    index, known = x.get_device(), _of_thread.__dict__.setdefault("known", set())
+    # Nearly always it is; to enter and leave a context would take the host as long as a kernel runs.
+    if index in known and index == torch.cuda.current_device():
+        return launch(*args)
+    with torch.cuda.device(index):
         # Triton 3.6 describes tensors to the GPU through the driver, which a new thread cannot call before this.
-        torch.cuda.set_device(args[0].device)
+        torch.cuda.set_device(index)
+        known.add(index)
         return launch(*args)
 
 

@@ -25,7 +25,7 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
     if not isinstance(kernel, JITFunction):  # as the interpreter's
         kernel[grid](*arguments, **constants)
         return
-    kind = kernel.fn, torch.cuda.current_device(), *map(_kind, arguments), *constants.items()
+    kind = kernel.fn, torch.cuda.current_device(), *map(_kind, arguments), *constants, *constants.values()
     if found := _found.get(kind):
         compiled, rest = found
         compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
@@ -37,8 +37,10 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
 
 def _kind(argument: Any) -> Hashable:
     """What Triton compiles an argument's kernels apart for, or more."""
+    if argument is None:
+        return None
+    if type(argument) is int:
+        return (argument == 1) | (argument % 16 == 0) << 1 | (argument >= 1 << 31) << 2
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument >= 1 << 31
-    return argument if argument is None else argument.base.dtype
+    return argument.base.dtype

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,6 +28,42 @@ def moe_operands(tokens=7, dtype=torch.float32, order=layout.PLAIN):
     up, down = weight(6, inner, hidden, seed=2, order=order), weight(6, out, inner, seed=3, order=order)
     ids = torch.randint(0, 6, (tokens, 3), generator=torch.Generator().manual_seed(4))
     return activations(tokens, hidden, dtype=dtype), ids, torch.rand(tokens, 3), *up, *down, "relu2", order
+
+
+def test_the_gpu_of_the_operands_is_made_the_current_one_once_a_thread_or_where_it_is_another(monkeypatch):
+    class Cuda:
+        """What torch.cuda has of it."""
+
+        current, switched = 0, []
+
+        def current_device(self):
+            return self.current
+
+        def set_device(self, index):
+            self.current = index
+            self.switched.append(index)
+
+        @contextlib.contextmanager
+        def device(self, index):
+            before, self.current = self.current, index
+            yield
+            self.current = before
+
+    class OnGpu:
+        def __init__(self, index):
+            self.get_device = lambda: index
+
+    cuda = Cuda()
+    monkeypatch.setattr(ops.torch, "cuda", cuda)
+    monkeypatch.setattr(ops, "_of_thread", threading.local())
+
+    def run(index):
+        return ops.on_device_of(OnGpu(index), lambda: (cuda.current, len(cuda.switched)), ())
+
+    assert [run(index) for index in (0, 0, 1, 0, 1)] == [(0, 1), (0, 1), (1, 2), (0, 2), (1, 3)]
+    with ThreadPoolExecutor(1) as other:
+        assert [other.submit(run, 0).result() for _ in range(2)] == [(0, 4), (0, 4)]
+    assert cuda.current == 0
 
 
 @pytest.mark.parametrize("order", layout.LAYOUTS)
