@@ -276,14 +276,17 @@ def test_experts_meet_the_oracle_from_one_token_to_many(hidden, inner, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", (64, 128, 256))
 @pytest.mark.parametrize(("hidden", "inner"), [(192, 256), (2112, 1024)])
-def test_experts_whose_last_tiles_have_rows_in_some_bands_or_in_all(hidden, inner, dtype):
+def test_experts_whose_last_tiles_have_rows_in_half_in_some_bands_or_in_all(hidden, inner, tile, dtype):
     """What an expert has decides which products run; those who share a tile leave sums of the others undone, too."""
-    counts = (0, 1, 64, 65, 128, 129, 192, 193, 255, 256, 257, 320, 384, 385, 449, 512)
+    q = tile // 4
+    counts = (0, 1, q, q + 1, 2 * q, 2 * q + 1, 3 * q, 3 * q + 1, 4 * q - 1, 4 * q, 4 * q + 1, 5 * q, 6 * q, 6 * q + 1)
+    counts += (7 * q + 1, 8 * q)
     up, down = block(16, hidden, inner)
     ids = torch.repeat_interleave(torch.arange(16), torch.tensor(counts)).cuda()
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).cuda()][:, None]
-    assert rows_of_expert(len(ids), 16) > 128
+    assert tile // 2 < rows_of_expert(len(ids), 16) <= tile
     x, weights = normal(len(ids), hidden, dtype=dtype), normal(len(ids), 1, seed=5)
     result = fp4pass.experts(x, ids, weights, *up, *down, "relu2", ORDER)
     assert_within(result, exact_experts(x, ids, weights, up, down), NARROW * MOE[dtype])
