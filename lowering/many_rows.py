@@ -33,7 +33,7 @@ from .loader import load
 from .loads import next_power_of_two
 from .operands import Schedule, Weight, tensors_of
 from .reference import NO_ACTIVATION
-from .sharing import extent, place, rows_of_box, shares, stretch
+from .sharing import extent, place, rows_of_box, shares, stretch, ways
 from .start import start
 from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, let_next_begin
 
@@ -88,7 +88,7 @@ def multiply(
                         finish(accs[nth], factor, column, rows, plan, result, BM, BAND, ACTIVATION)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "shared", "each", "apart", "longest"])
 def product_kernel(
     x_desc,
     codes_desc,
@@ -107,6 +107,10 @@ def product_kernel(
     N,
     EXPERTS,
     global_stride,
+    shared,
+    each,
+    apart,
+    longest,
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     BM: gl.constexpr,
@@ -125,7 +129,7 @@ def product_kernel(
 
     parts float32 ``[programs, 64 ACROSS BM]``, or twice that, and flags int64 ``[programs, ACROSS]``: where programs
     leave sums to each other (exchange.py); they may hold anything. With ``weights`` a row goes to ``out[order[row]]``,
-    multiplied.
+    multiplied. ``shared`` to ``longest``: what `ways` finds for a dense product.
     """
     let_next_begin()
     gl.static_assert(STAGES % SPLIT == 0, "a stage is always read by the same group of those that share K")
@@ -134,7 +138,9 @@ def product_kernel(
     columns = gl.cdiv(N, ACROSS * GROUP_ROWS)
     rows = gl.cdiv(M, BM) if experts is None else gl.load(block_ends + EXPERTS - 1).to(gl.int32)
     tiles = (rows, columns)
-    share, total, each = shares(tiles[0] * tiles[1], STEPS, LEAD, IDLE)
+    if experts is not None:
+        shared, each, apart, longest = ways(rows * columns, gl.num_programs(0), STEPS, LEAD, IDLE)
+    share, total = shares(rows * columns, (shared, each, apart, longest), STEPS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     ROWS: gl.constexpr = next_power_of_two(BM)
     tokens = gl.allocate_shared_memory(x_desc.dtype, [STAGES * DEEP, ROWS, UNIT_COLUMNS], x_desc.layout)
@@ -236,8 +242,13 @@ def _product(
     if rows.data_ptr() % 16 or rows.stride(0) % 8 or rows.stride(0) < k:
         # The copy engine cannot read such rows; of rows that overlap, as expanded ones do, nobody says that it can.
         rows = rows.clone(memory_format=torch.contiguous_format)
-    box = [_rows_of_box(launch.block_m, launch.band), UNIT_COLUMNS.value]
     units, deep, rows_of_units = launch.block_n // 16, launch.deep, weight.count * out.shape[1] // 16
+    found = (0,) * 4
+    if plan is None:
+        # How many tiles experts have, the device alone knows.
+        tiles = -(-m // launch.block_m) * -(-out.shape[1] // launch.block_n)
+        found = ways.fn(tiles, programs, -(-k // (deep * UNIT_COLUMNS.value)), launch.lead, launch.idle)
+    box = [_rows_of_box(launch.block_m, launch.band), UNIT_COLUMNS.value]
     start(
         product_kernel,
         (programs,),
@@ -254,6 +265,7 @@ def _product(
         out.shape[1],
         weight.count,
         weight.global_stride,
+        *found,
         K=k,
         ACTIVATION=activation,
         launch_pdl=True,

@@ -37,36 +37,58 @@ def stretch(it, share, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def shares(tiles, STEPS: gl.constexpr, LEAD: gl.constexpr, IDLE: gl.constexpr):
-    """How this program's part of the work is made up, the number of its steps, and how long a shared range is.
+def ways(tiles, programs, STEPS, LEAD, IDLE):
+    """How tiles are shared out, in four numbers, for ``shares``.
 
-    The first ``shared`` tiles are cut into ranges of steps, this program's being ``count`` from ``begin`` on; the
-    others are handed round whole. Ranges are equal, but for a tile's first one where no range reaches into two tiles.
+    (how many are cut into ranges of steps, how long a range is, how many programs each of them has to itself, how long
+    the first range is then): the last two 0 where ranges reach from one tile into the next.
+
+    A chain of divisions, before which nothing is read: of a dense product the host does them, in Python. So this is
+    written in what both languages have; nothing is negative, and what a branch may change has its type from the first.
     """
-    programs = gl.num_programs(0)
-    rest = tiles % programs
+    rounds = (tiles + programs - 1) // programs
+    shared = tiles if tiles < programs else tiles % programs + programs
     # Where programs would be idle for no more than IDLE steps each, whole tiles are better: none has to add up, and
     # neighbours work on neighbours.
-    full = (gl.cdiv(tiles, programs) * programs - tiles) * STEPS <= IDLE * programs
-    shared = gl.where(full, 0, gl.where(tiles < programs, tiles, rest + programs))
+    if (rounds * programs - tiles) * STEPS <= IDLE * programs:
+        shared = tiles * 0
+    share = (shared * STEPS + programs - 1) // programs
+    apart = tiles * 0
+    first = tiles * 0
+    if (shared == tiles) & (tiles > 0) & (tiles <= programs):
+        most = programs // tiles
+        # Where it costs but an eighth more, no program works on two tiles. Who begins one does LEAD steps more than the
+        # others, whose sums are on their way meanwhile.
+        if (STEPS + most - 1) // most * 8 <= share * 9:
+            apart = most
+            first = (STEPS + LEAD * (apart - 1) + apart - 1) // apart
+            share = (STEPS - first + apart - 2) // (apart - 1) if first < STEPS else 1
+    return shared, share, apart, first
+
+
+@gluon.jit
+def shares(tiles, found, STEPS: gl.constexpr):
+    """How this program's part of the work is made up, and the number of its steps. ``found``: see ``ways``.
+
+    The first tiles are cut into ranges of steps, this program's being ``count`` from ``begin`` on; the others are
+    handed round whole.
+    """
+    shared, share, apart, longest = found
+    programs = gl.num_programs(0)
     me = programs - 1 - gl.program_id(0)
-    share = gl.cdiv(shared * STEPS, programs)
     begin = gl.minimum(me * share, shared * STEPS)
     end = gl.minimum(begin + share, shared * STEPS)
-    # Where it costs but an eighth more, no program works on two tiles. Who begins one does LEAD steps more than the
-    # others, whose sums are on their way meanwhile.
-    apart = gl.maximum(programs // gl.maximum(tiles, 1), 1)
-    if (shared == tiles) & (tiles <= programs) & (gl.cdiv(STEPS, apart) * 8 <= share * 9):
-        longest = gl.cdiv(STEPS + LEAD * (apart - 1), apart)
-        share = gl.maximum(gl.cdiv(STEPS - longest, gl.maximum(apart - 1, 1)), 1)
+    if apart > 0:
         tile, nth = me // apart, me % apart
         first = gl.where(nth == 0, 0, gl.minimum(longest + (nth - 1) * share, STEPS))
         last = gl.minimum(longest + nth * share, STEPS)
         begin = tile * STEPS + first
         end = gl.where(tile < tiles, tile * STEPS + last, begin)
     count = end - begin
-    own = gl.cdiv(gl.maximum(tiles - shared - me, 0), programs)
-    return (begin, count, shared, me), count + own * STEPS, share
+    own = tiles * 0
+    if shared + me < tiles:
+        own = gl.cdiv(tiles - shared - me, programs)
+    return (begin, count, shared, me), count + own * STEPS
 
 
 @gluon.jit
@@ -75,10 +97,13 @@ def place(tile, tiles, plan):
     tiles_m, tiles_n = tiles
     if plan[0] is not None:
         return tile // tiles_n, tile % tiles_n
-    width = TOGETHER * tiles_n
-    first = tile // width * TOGETHER
-    size = gl.minimum(tiles_m - first, TOGETHER)
-    return first + tile % width % size, tile % width // size
+    m, n = tile * 0, tile
+    if tiles_m > 1:
+        width = TOGETHER * tiles_n
+        first = tile // width * TOGETHER
+        size = gl.minimum(tiles_m - first, TOGETHER)
+        m, n = first + tile % width % size, tile % width // size
+    return m, n
 
 
 @gluon.jit

@@ -137,6 +137,7 @@ def _many_operands(dtype: torch.dtype, launch: ManyRows) -> dict[str, str]:
         "scale_desc": _descriptor("i16", units, 32 * launch.deep, many_rows._straight(16)),
         "parts": "*fp32",
         "flags": "*i64",
+        **dict.fromkeys(("shared", "each", "apart", "longest"), "i32"),
     }
 
 

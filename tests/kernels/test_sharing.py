@@ -30,13 +30,14 @@ def pieces(monkeypatch, here):
 
     def of_program(program, tiles, steps, programs, lead, idle):
         here.num_programs, here.program_id = (lambda axis: programs), (lambda axis: program)
-        share, total, each = sharing.shares.fn(tiles, steps, lead, idle)
+        ways = sharing.ways.fn(tiles, programs, steps, lead, idle)
+        share, total = sharing.shares.fn(tiles, ways, steps)
         found, it = [], 0
         while it < total:
             found.append(sharing.stretch.fn(it, share, steps))
             it += found[-1][2] - found[-1][1]
         assert it == total
-        return share[3], found, each
+        return share[3], found, ways[1]
 
     def of_all(tiles, steps, programs, lead, idle=0):
         everything = sorted(of_program(program, tiles, steps, programs, lead, idle) for program in range(programs))
