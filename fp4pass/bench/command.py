@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fp4pass.bench import compiles
+from fp4pass.bench import compiles, host
 from fp4pass.bench.cases import KINDS, Dense, Moe, choose
 from fp4pass.bench.plot import check_plotting, plot
 from fp4pass.bench.table import HEADING, Row, Run, all_right, header, load
@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
         nargs="?",
-        choices=(*KINDS, "compile"),
-        help="linear layers or blocks of experts (both); compile: how long that takes for a model, without a GPU too",
+        choices=(*KINDS, "host", "compile"),
+        help="linear layers or blocks of experts (both); host: how long a call keeps the host; compile: how long that "
+        "takes for a model, without a GPU too",
     )
     names = [case.name for cases in KINDS.values() for case in cases]
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(names)} (all)")
@@ -52,6 +53,9 @@ def run(given: argparse.Namespace) -> bool:
     """Measure, or take a stored run; print, store, plot. Whether all results were right."""
     if given.kind == "compile":
         _compile(given.layers, given.tokens or compiles.TOKENS)
+        return True
+    if given.kind == "host":
+        _host(gpu())
         return True
     if given.plot:
         check_plotting()
@@ -119,6 +123,11 @@ def _compile(layers: int, tokens: Sequence[int]) -> None:
     widths = "Nano's widths" if device.type == "cuda" else "narrow, as there is no GPU"
     print(f"{header(machine(device))}\na model like Nano, {layers} layers, {widths}; first calls with each size")
     print(compiles.table(compiles.cold_and_warm(layers, tokens)))
+
+
+def _host(device: torch.device) -> None:
+    print(f"{header(machine(device))}\nmicroseconds that a call keeps the host")
+    print(host.table(list(host.measure(device))))
 
 
 def _rows(

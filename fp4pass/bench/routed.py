@@ -7,9 +7,13 @@ import torch
 from fp4pass import nvfp4
 from fp4pass.bench.cases import Moe
 from fp4pass.bench.clock import BYTES_IN_TURN, copies
+from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
 
 EXPERTS_AT_ONCE = 16
 """Of a weight: quantizing, and turning back, holds several copies of these in float32."""
+
+Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Codes, scale bytes and global scale or scales."""
 
 Routing = tuple[torch.Tensor, torch.Tensor]
 """Experts' ids and weights ``[tokens, top_k]``."""
@@ -22,6 +26,11 @@ def random_experts(experts: int, n: int, k: int, device: torch.device) -> tuple[
     codes, scale, factor = zip(*pieces, strict=True)
     scale_bytes = torch.cat([part.view(torch.uint8) for part in scale])
     return torch.cat(codes), scale_bytes.view(torch.float8_e4m3fn), torch.cat(factor)
+
+
+def in_fragments(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Weight:
+    """A quantized weight as it lies on a GPU."""
+    return from_plain(codes, FRAGMENTS), scale_from_plain(scale.view(torch.uint8), FRAGMENTS), factor
 
 
 def routings(case: Moe, tokens: int, device: torch.device, bytes_in_turn: int = BYTES_IN_TURN) -> list[Routing]:

@@ -27,16 +27,14 @@ from fp4pass import nvfp4
 from fp4pass.bench.cases import Dense, Moe
 from fp4pass.bench.clock import copies, microseconds, relative_error, roofline
 from fp4pass.bench.command import gpu, machine
-from fp4pass.bench.routed import Routing, random_experts, routings
+from fp4pass.bench.routed import Routing, Weight, in_fragments, random_experts, routings
 from fp4pass.bench.table import header
 from fp4pass.bench.trials import Launch, Trial, parse_trials
 from fp4pass.errors import Fp4passError
 from fp4pass.lowering import reference
 from fp4pass.lowering.arch import ARCHS, Arch, rows_of_expert, target
 from fp4pass.lowering.launches import InParts
-from fp4pass.lowering.layout import FRAGMENTS, from_plain, scale_from_plain
-
-Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from fp4pass.lowering.layout import FRAGMENTS
 
 WITHIN, OF_EXPERTS_WITHIN = 0.002, 0.003
 """The largest relative errors to float64 that a launch may have: rounding its result to BF16 makes 0.0017, give or take
@@ -84,7 +82,7 @@ def _faults_of_linear(only: Launch, n: int, k: int, tokens: int, device: torch.d
     """Also tried are some rows fewer, and a weight whose last tile is not full."""
     for rows in dict.fromkeys((n, max(16, n - 16))):
         packed = nvfp4.quantize(torch.randn(rows, k, device=device))
-        weight, dense = _in_fragments(*packed), nvfp4.dequantize(*packed, torch.float64)
+        weight, dense = in_fragments(*packed), nvfp4.dequantize(*packed, torch.float64)
         for count in dict.fromkeys((tokens, max(1, tokens - 3))):
             x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
             exact = x.double() @ dense.mT
@@ -117,14 +115,10 @@ def _faults_of_block(only: Launch, case: Moe, tokens: int, device: torch.device)
 def _block(case: Moe, device: torch.device) -> tuple[Weight, Weight]:
     """Both weights of a case's experts."""
     up, down = (
-        _in_fragments(*random_experts(case.experts, n, k, device))
+        in_fragments(*random_experts(case.experts, n, k, device))
         for n, k in ((case.inner, case.width), (case.width, case.inner))
     )
     return up, down
-
-
-def _in_fragments(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Weight:
-    return from_plain(codes, FRAGMENTS), scale_from_plain(scale.view(torch.uint8), FRAGMENTS), factor
 
 
 def _leave_nan_behind(device: torch.device) -> None:
@@ -210,7 +204,7 @@ class _Linear:
 
     def __init__(self, case: Dense, device: torch.device, sm: int | None) -> None:
         made = (nvfp4.quantize(torch.randn(case.n, case.k, device=device)) for _ in range(copies(case.weight_bytes())))
-        self.case, self.device, self.weights = case, device, [_in_fragments(*each) for each in made]
+        self.case, self.device, self.weights = case, device, [in_fragments(*each) for each in made]
         sizes = {"size": (case.n, case.k), "device": device, "dtype": torch.bfloat16}
         self.dense = [torch.randn(**sizes) for _ in range(copies(2 * case.n * case.k))]
         self.bf16_product = product

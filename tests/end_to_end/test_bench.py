@@ -14,7 +14,7 @@ import torch
 
 import fp4pass
 from fp4pass import nvfp4
-from fp4pass.bench import cases, clock, compiled, compiles, dense, moe, routed, table
+from fp4pass.bench import cases, clock, compiled, compiles, dense, host, moe, routed, table
 from fp4pass.checkpoint.releases import RELEASES
 from fp4pass.checkpoint.tensors import products
 from fp4pass.cli import ERROR, FOUND_FAULTS, OK, main
@@ -185,6 +185,29 @@ def test_a_layer_compiles_twice_for_all_sizes_also_from_a_warm_cache(nano_model,
             x = torch.randn(count, 80, dtype=torch.bfloat16)
             assert clock.relative_error(compiled(x), layer(x).double()) < 2**-7
         assert compiled.compiles == 2
+
+
+def test_calls_of_each_op_are_timed_on_the_host_as_compiled_code_and_as_others_make_them(monkeypatch):
+    shapes = []
+
+    def timed(call, device, calls):
+        shapes.append(tuple(call().shape))
+        return float(len(shapes))
+
+    monkeypatch.setattr(host, "_microseconds", timed)
+    rows = list(host.measure(CPU))
+    asked = [(op, tokens) for op, numbers in host.TOKENS.items() for tokens in numbers]
+    assert [(row.op, row.tokens) for row in rows] == asked
+    assert rows[0] == host.Row("linear", 1, 1.0, 2.0, 3.0) and rows[-1].bf16 is None
+    assert host.table(rows[:1]).splitlines()[2:] == ["| `linear` | 1 | 1.0 | 2.0 | 3.0 |"]
+    # Ours twice and PyTorch's give results of one shape.
+    assert shapes[:3] == [(1, host.LAYER.n)] * 3 and shapes[-2:] == [(asked[-1][1], host.BLOCK.width)] * 2
+
+
+def test_calls_are_timed_one_by_one():
+    made = []
+    assert host._microseconds(lambda: made.append(0), CPU, 4) > 0
+    assert len(made) % 4 == 0 and made
 
 
 def test_compile_times_are_those_of_two_processes_with_the_same_caches(monkeypatch, capsys):

@@ -75,6 +75,7 @@ def test_generate_gives_the_same_text_compiled_and_eager_with_the_report_apart(n
         (["explain", "DIR", "--target-sm", "9"], "option 'target_sm' has a value"),
         (["generate", "DIR", "--prompt", "x", "--device", "cuda:99"], "does not have the device"),
         pytest.param(["bench"], "the benchmark needs a GPU", marks=pytest.mark.skipif("torch.cuda.is_available()")),
+        pytest.param(["bench", "host"], "needs a GPU", marks=pytest.mark.skipif("torch.cuda.is_available()")),
         (["synthesize", "DIR", "--hidden", "80"], "holds a checkpoint already"),
         (["synthesize", "NEW", "--layers", "999"], "number of layers out of range"),
     ],
