@@ -4,6 +4,7 @@
 
 Most tiles have one band. Several make a tile of 192 rows, as sizes of tensors are powers of two; or one of 256 for
 experts, of which only the bands that hold rows are multiplied: how many there are, an expert's last tile alone knows.
+Of experts' tiles with one band it may be half of that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .epilogue import GROUP_ROWS, sums_layout
+from .epilogue import GROUP_ROWS, joined, sums_layout
 from .sharing import rows_of_box
 from .units import UNIT_COLUMNS, UNIT_SCALES, UNIT_WORDS, decode_units
 
@@ -143,8 +144,7 @@ def product_of(ring, steps, rows, GROUP: gl.constexpr, SPLIT: gl.constexpr, BM: 
     """
     if rows <= BM // 2:
         half = products(ring, steps, GROUP, SPLIT, BM // 2, BM // 2, 1)[0]
-        both = gl.join(half, gl.zeros_like(half)).permute([0, 2, 1]).reshape([GROUP_ROWS, BM])
-        acc = gl.convert_layout(both, sums_layout(BM), assert_trivial=True)
+        acc = joined(half, nothing(BM // 2))
     else:
         acc = products(ring, steps, GROUP, SPLIT, BM, BM, 1)[0]
     return acc

@@ -71,6 +71,14 @@ def halves(acc):
 
 
 @gluon.jit
+def joined(first, others):
+    """The inverse of ``halves``."""
+    BM: gl.constexpr = 2 * first.shape[1]
+    both = gl.join(first, others).permute([0, 2, 1]).reshape([GROUP_ROWS, BM])
+    return gl.convert_layout(both, sums_layout(BM), assert_trivial=True)
+
+
+@gluon.jit
 def pieces(acc, ROWS: gl.constexpr):
     """``acc [64, BM]`` as tiles ``[64, ROWS]``."""
     if acc.shape[1] == ROWS:

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .bands import begin_of
-from .epilogue import GROUP_ROWS, halves, in_registers, side_by_side, sums_layout
+from .epilogue import GROUP_ROWS, halves, in_registers, joined, side_by_side, sums_layout
 from .launches import ManyRows
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its names in Triton 3.6 and 3.9
@@ -234,8 +234,7 @@ def plus(acc, slots, STRIDE: gl.constexpr, FIRST: gl.constexpr, BM: gl.constexpr
         left, right = halves(acc)
         left = plus(left, slots, STRIDE, FIRST, BM, AT_ONCE)
         right = plus(right, slots, STRIDE, FIRST + right.shape[1], BM, AT_ONCE)
-        both = gl.join(left, right).permute([0, 2, 1]).reshape([GROUP_ROWS, acc.shape[1]])
-        return gl.convert_layout(both, acc.type.layout, assert_trivial=True)
+        return joined(left, right)
     else:
         mine = side_by_side(acc)
         for first in range(0, others, AT_ONCE):

@@ -15,7 +15,7 @@ import triton.language as tl
 from . import heuristics_sm80, mma_rows
 from .arch import Arch, target
 from .linear import sum_parts_kernel
-from .operands import rows_of
+from .operands import in_shape_of, rows_of
 from .start import start
 from .tile import times_global
 
@@ -94,7 +94,7 @@ def fp8_linear(
     m = rows.shape[0]
     out = x.new_empty((m, n))
     if out.numel() == 0:
-        return out.view(*x.shape[:-1], n)
+        return in_shape_of(x, out)
     bias = bias if bias is None else bias.contiguous()
     launch = None
     if not arch.wgmma and rows.is_cuda and rows.dtype != torch.float32 and mma_rows.reads_bytes_of(weight):
@@ -103,7 +103,7 @@ def fp8_linear(
         _in_tiles(rows, weight, weight_scale, bias, out, arch)
     else:
         mma_rows.fp8_linear(rows, weight, weight_scale, bias, out, launch)
-    return out.view(*x.shape[:-1], n)
+    return in_shape_of(x, out)
 
 
 def _in_tiles(

@@ -12,7 +12,7 @@ from . import few_rows, many_rows, mma_rows
 from .arch import Arch, Tile, target
 from .decode import decode_tile, scale_offset, to_dot_order, word_offset
 from .launches import FewRows, InParts, ManyRows, MmaRows
-from .operands import Weight, has_dot_order, launch_for, rows_of, words_of
+from .operands import Weight, has_dot_order, in_shape_of, launch_for, rows_of, words_of
 from .reference import NO_ACTIVATION
 from .start import start
 from .tile import activate, product_tile, times_global
@@ -153,9 +153,8 @@ def linear(
     rows = rows_of(x)
     m = rows.shape[0]
     out = x.new_empty((m, n), dtype=out_dtype)
-    result = out if x.dim() == 2 else out.view(*x.shape[:-1], n)
     if m == 0 or n == 0:
-        return result
+        return in_shape_of(x, out)
     asm = asm and x.dtype != torch.float32
     weight = Weight(codes, scale, global_scale, layout)
     bias = bias if bias is None else bias.contiguous()
@@ -167,7 +166,7 @@ def linear(
         _in_tiles(rows, weight, bias, out, activation, arch, launch, asm)
     else:
         _in_fragments(rows, weight, bias, out, activation, launch)
-    return result
+    return in_shape_of(x, out)
 
 
 _KERNELS = {FewRows: few_rows, ManyRows: many_rows, MmaRows: mma_rows}
@@ -277,4 +276,4 @@ def linear_backward(
             ASM=asm and grad.dtype != torch.float32,
             **tile.constants,
         )
-    return out.view(*grad.shape[:-1], k)
+    return in_shape_of(grad, out)

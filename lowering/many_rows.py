@@ -192,9 +192,10 @@ def linear(
 ) -> None:
     """``out [M, N]`` = activation(rows ``[M, K]`` @ weight.T + bias), a weight in ``fragments`` and 16-bit rows."""
     m, k = rows.shape
-    tiles = -(-m // launch.block_m) * -(-out.shape[1] // launch.block_n)
-    programs = max(1, min(_programs(rows, launch), tiles * (k // UNIT_COLUMNS.value) // _FEWEST_UNITS))
-    _product(rows, weight, bias, None, out, None, activation, launch, programs)
+    tiles, units = -(-m // launch.block_m) * -(-out.shape[1] // launch.block_n), k // UNIT_COLUMNS.value
+    programs = max(1, min(_programs(rows, launch), tiles * units // _FEWEST_UNITS))
+    found = ways.fn(tiles, programs, -(-units // launch.deep), launch.lead, launch.idle)
+    _product(rows, weight, bias, None, out, None, activation, launch, programs, found)
 
 
 def experts(
@@ -236,18 +237,17 @@ def _product(
     activation: str,
     launch: ManyRows,
     programs: int,
+    found: tuple[int, ...] = (0,) * 4,
 ) -> None:
-    """A launch: ``rows [M, K]`` are those of x or, with ``plan``, sorted by expert."""
+    """A launch: ``rows [M, K]`` are those of x or, with ``plan``, sorted by expert.
+
+    found: see `ways`; how many tiles experts have, the device alone knows.
+    """
     m, k = rows.shape
     if rows.data_ptr() % 16 or rows.stride(0) % 8 or rows.stride(0) < k:
         # The copy engine cannot read such rows; of rows that overlap, as expanded ones do, nobody says that it can.
         rows = rows.clone(memory_format=torch.contiguous_format)
     units, deep, rows_of_units = launch.block_n // 16, launch.deep, weight.count * out.shape[1] // 16
-    found = (0,) * 4
-    if plan is None:
-        # How many tiles experts have, the device alone knows.
-        tiles = -(-m // launch.block_m) * -(-out.shape[1] // launch.block_n)
-        found = ways.fn(tiles, programs, -(-k // (deep * UNIT_COLUMNS.value)), launch.lead, launch.idle)
     box = [_rows_of_box(launch.block_m, launch.band), UNIT_COLUMNS.value]
     start(
         product_kernel,

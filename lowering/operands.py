@@ -99,6 +99,11 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def in_shape_of(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out [M, N]``, what becomes of `rows_of` x ``[..., K]``, as ``[..., N]``."""
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+
+
 def readable(rows: torch.Tensor) -> torch.Tensor:
     """``rows``, or a copy where Triton could not tell that each begins at a multiple of 16 bytes, as copies need."""
     if rows.stride(0) % 16 or rows.data_ptr() % 16:

@@ -92,19 +92,26 @@ def _on_cuda(op: str, args: tuple[Any, ...]) -> torch.Tensor:
     return on_device_of(args[0], getattr(kernels(op), op), args)
 
 
-_of_thread = threading.local()
+class _Thread(threading.local):
+    """``gpus``: those that the thread has once made the current one."""
+
+    def __init__(self) -> None:
+        self.gpus: set[int] = set()
+
+
+_thread = _Thread()
 
 
 def on_device_of(x: torch.Tensor, launch: Callable[..., torch.Tensor], args: tuple[Any, ...]) -> torch.Tensor:
     """``launch(*args)`` with the GPU of ``x`` as the current one."""
-    index, known = x.get_device(), _of_thread.__dict__.setdefault("known", set())
+    index = x.get_device()
     # Nearly always it is; to enter and leave a context would take the host as long as a kernel runs.
-    if index in known and index == torch.cuda.current_device():
+    if index in _thread.gpus and index == torch.cuda.current_device():
         return launch(*args)
     with torch.cuda.device(index):
         # Triton 3.6 describes tensors to the GPU through the driver, which a new thread cannot call before this.
         torch.cuda.set_device(index)
-        known.add(index)
+        _thread.gpus.add(index)
         return launch(*args)
 
 

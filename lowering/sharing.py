@@ -44,17 +44,16 @@ def ways(tiles, programs, STEPS, LEAD, IDLE):
     the first range is then): the last two 0 where ranges reach from one tile into the next.
 
     A chain of divisions, before which nothing is read: of a dense product the host does them, in Python. So this is
-    written in what both languages have; nothing is negative, and what a branch may change has its type from the first.
+    written in what both languages have, and nothing is negative.
     """
     rounds = (tiles + programs - 1) // programs
     shared = tiles if tiles < programs else tiles % programs + programs
     # Where programs would be idle for no more than IDLE steps each, whole tiles are better: none has to add up, and
     # neighbours work on neighbours.
     if (rounds * programs - tiles) * STEPS <= IDLE * programs:
-        shared = tiles * 0
+        shared = 0
     share = (shared * STEPS + programs - 1) // programs
-    apart = tiles * 0
-    first = tiles * 0
+    apart, first = 0, 0
     if (shared == tiles) & (tiles > 0) & (tiles <= programs):
         most = programs // tiles
         # Where it costs but an eighth more, no program works on two tiles. Who begins one does LEAD steps more than the
@@ -85,7 +84,7 @@ def shares(tiles, found, STEPS: gl.constexpr):
         begin = tile * STEPS + first
         end = gl.where(tile < tiles, tile * STEPS + last, begin)
     count = end - begin
-    own = tiles * 0
+    own = 0
     if shared + me < tiles:
         own = gl.cdiv(tiles - shared - me, programs)
     return (begin, count, shared, me), count + own * STEPS
@@ -97,7 +96,7 @@ def place(tile, tiles, plan):
     tiles_m, tiles_n = tiles
     if plan[0] is not None:
         return tile // tiles_n, tile % tiles_n
-    m, n = tile * 0, tile
+    m, n = 0, tile
     if tiles_m > 1:
         width = TOGETHER * tiles_n
         first = tile // width * TOGETHER

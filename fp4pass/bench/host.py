@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fp4pass import nvfp4
 from fp4pass.bench.cases import Dense, Moe
 from fp4pass.bench.clock import Call
-from fp4pass.bench.routed import in_fragments, random_experts, routings
+from fp4pass.bench.routed import in_fragments, random_block, routings
 from fp4pass.lowering.layout import FRAGMENTS
 from fp4pass.lowering.registry import CALLED, TRACED
 
@@ -50,8 +51,8 @@ HEADING = "| op | tokens | in compiled code | called | PyTorch's linear |\n| ---
 @torch.no_grad()
 def measure(device: torch.device, calls: int = 300) -> Iterator[Row]:
     """A row for each op and number of tokens; medians of batches of so many ``calls``."""
-    weight, dense = (each(LAYER.n, LAYER.k, device) for each in (_packed, _dense))
-    up, down = _experts(BLOCK.inner, BLOCK.width, device), _experts(BLOCK.width, BLOCK.inner, device)
+    dense = _dense(LAYER.n, LAYER.k, device)
+    weight, (up, down) = in_fragments(*nvfp4.quantize(dense)), random_block(BLOCK, device)
     for tokens in TOKENS[LAYER.name]:
         x = _dense(tokens, LAYER.k, device)
         plain = functools.partial(torch.nn.functional.linear, x, dense)
@@ -89,12 +90,3 @@ def _microseconds(call: Call, device: torch.device, calls: int) -> float:
 
 def _dense(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
-
-
-def _packed(n: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    codes, scale, factor = random_experts(1, n, k, device)
-    return in_fragments(codes[0], scale[0], factor[0])
-
-
-def _experts(n: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    return in_fragments(*random_experts(BLOCK.experts, n, k, device))

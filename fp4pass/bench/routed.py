@@ -1,4 +1,4 @@
-"""Random experts, and random routings to them."""
+"""Random experts, random routings to them, and weights as they lie on a GPU."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def random_experts(experts: int, n: int, k: int, device: torch.device) -> tuple[
 def in_fragments(codes: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> Weight:
     """A quantized weight as it lies on a GPU."""
     return from_plain(codes, FRAGMENTS), scale_from_plain(scale.view(torch.uint8), FRAGMENTS), factor
+
+
+def random_block(case: Moe, device: torch.device) -> tuple[Weight, Weight]:
+    """Both weights of a case's experts, as they lie on a GPU: up and down."""
+    up, down = (
+        in_fragments(*random_experts(case.experts, n, k, device))
+        for n, k in ((case.inner, case.width), (case.width, case.inner))
+    )
+    return up, down
 
 
 def routings(case: Moe, tokens: int, device: torch.device, bytes_in_turn: int = BYTES_IN_TURN) -> list[Routing]:

@@ -27,7 +27,7 @@ from fp4pass import nvfp4
 from fp4pass.bench.cases import Dense, Moe
 from fp4pass.bench.clock import copies, microseconds, relative_error, roofline
 from fp4pass.bench.command import gpu, machine
-from fp4pass.bench.routed import Routing, Weight, in_fragments, random_experts, routings
+from fp4pass.bench.routed import Routing, Weight, in_fragments, random_block, routings
 from fp4pass.bench.table import header
 from fp4pass.bench.trials import Launch, Trial, parse_trials
 from fp4pass.errors import Fp4passError
@@ -97,7 +97,7 @@ def _faults_of_linear(only: Launch, n: int, k: int, tokens: int, device: torch.d
 def _faults_of_block(only: Launch, case: Moe, tokens: int, device: torch.device) -> str:
     """Of a few experts, each with as many rows as to expect in the case, one with none, and one with all."""
     few = replace(case, experts=min(case.experts, 8), top_k=min(case.top_k, 2))
-    up, down = _block(few, device)
+    up, down = random_block(few, device)
     rows = rows_of_expert(tokens * case.top_k, case.experts)
     slots = max(1, rows * few.experts // few.top_k)
     x = torch.randn(slots, case.width, device=device, dtype=torch.bfloat16)
@@ -110,15 +110,6 @@ def _faults_of_block(only: Launch, case: Moe, tokens: int, device: torch.device)
             if not error <= OF_EXPERTS_WITHIN:
                 return f"wrong: error {error:.1e} for {slots} rows and {name} of {few.experts} experts"
     return ""
-
-
-def _block(case: Moe, device: torch.device) -> tuple[Weight, Weight]:
-    """Both weights of a case's experts."""
-    up, down = (
-        in_fragments(*random_experts(case.experts, n, k, device))
-        for n, k in ((case.inner, case.width), (case.width, case.inner))
-    )
-    return up, down
 
 
 def _leave_nan_behind(device: torch.device) -> None:
@@ -228,7 +219,7 @@ class _Block:
     """A block of experts, which a call with few tokens has others of than the call before."""
 
     def __init__(self, case: Moe, device: torch.device) -> None:
-        self.case, self.device, self.weights = case, device, _block(case, device)
+        self.case, self.device, self.weights = case, device, random_block(case, device)
 
     def at(self, tokens: int) -> Subject:
         case = self.case

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -55,7 +54,7 @@ def test_the_gpu_of_the_operands_is_made_the_current_one_once_a_thread_or_where_
 
     cuda = Cuda()
     monkeypatch.setattr(ops.torch, "cuda", cuda)
-    monkeypatch.setattr(ops, "_of_thread", threading.local())
+    monkeypatch.setattr(ops, "_thread", ops._Thread())
 
     def run(index):
         return ops.on_device_of(OnGpu(index), lambda: (cuda.current, len(cuda.switched)), ())
