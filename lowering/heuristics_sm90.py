@@ -59,23 +59,25 @@ _MEDIUM_SHORT, _MEDIUM, _MEDIUM_LONG = (
     for few in (((1, _LOW_ONE), *_AT_ONCE[1:]), _AT_ONCE, _BY_AND_BY)
 )
 _HIGH = _dense_on_hopper((1, _LOW_ONE), (8, _LOW_8), (16, _LOW_16), (32, _LOW_32), (64, _LOW_64), (512, _MIDDLE))
-_WIDE_FEW = ((8, ManyRows(8, 6, 2, across=1, split=2)), (16, ManyRows(16, 6, 2, across=1, split=2)))
-_MORE_OF_SHORT = ((32, ManyRows(32, 4, 2)), (64, ManyRows(64, 4, room=2)), (384, _MIDDLE))
-_WIDE_SHORT = _dense_on_hopper(
-    (1, _ONE),
-    (8, FewRows(4, 12, 8, slots=4, high=2)),
-    (16, FewRows(4, 12, 16, slots=4, high=2)),
-    *_MORE_OF_SHORT,
+_WIDE_8, _WIDE_16, _WIDE_32, _WIDE_64 = (
+    (rows, ManyRows(rows, stages, 2, across=1, split=2)) for rows, stages in ((8, 6), (16, 6), (32, 6), (64, 4))
 )
-_WIDER_SHORT = _dense_on_hopper((1, _ONE), *_WIDE_FEW, *_MORE_OF_SHORT)
-_WIDE_MANY = ((64, ManyRows(64, 3, 2)), (384, _MIDDLE))
-_WIDE = _dense_on_hopper((1, FewRows(4, 8, 1)), *_WIDE_FEW, (32, ManyRows(32, 6, 2, across=1, split=2)), *_WIDE_MANY)
+_MANY = (384, _MIDDLE)
+_WIDE_SHORT = _dense_on_hopper((1, _ONE), (8, FewRows(4, 12, 8, slots=4, high=2)), _WIDE_16, _WIDE_32, _WIDE_64, _MANY)
+_WIDER_SHORT = _dense_on_hopper((1, _ONE), _WIDE_8, _WIDE_16, _WIDE_32, _WIDE_64, _MANY)
+_WIDE = _dense_on_hopper((1, FewRows(4, 8, 1)), _WIDE_8, _WIDE_16, _WIDE_32, (64, ManyRows(64, 3, 2)), _MANY)
 _WIDE_LONG = _dense_on_hopper(
     (1, FewRows(8, 8, 8, across=2, slots=4)),
     (8, ManyRows(8, 6, split=2)),
     (16, ManyRows(16, 6, split=2)),
     (32, ManyRows(32, 6, split=2)),
-    *_WIDE_MANY,
+    (64, ManyRows(64, 3, 2)),
+    _MANY,
+)
+# Each program has one tile of 64 rows, or nearly each: nobody adds up, and the next kernel begins beside them.
+_ONE_EACH_SHORT, _ONE_EACH = (
+    _dense_on_hopper((1, one), _WIDE_8, _WIDE_16, (32, _LOW_32), (64, _LOW_64), _MANY)
+    for one in (_ONE, FewRows(4, 8, 1))
 )
 _HUGE = _dense_on_hopper(
     (8, ManyRows(8, 6, 2)),
@@ -99,6 +101,8 @@ _EXPERTS = (
 # fill the multiprocessors of an H200 at most once; full ones nearly, by 32 rows a program.
 _LEAST_LOW, _LEAST_FOR_SIX, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 2561, 3072, 3969, 4225
 LEAST_WIDE, _LEAST_WIDER, _LEAST_HUGE = 8192, 10561, 65536
+# A tile of 64 rows for each multiprocessor of an H200.
+_MOST_ONE_EACH = 132 * 64
 # Its columns.
 _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
 # Where half of the last of the largest tiles would be empty, middle ones: two take longer than a largest one, but one
@@ -167,7 +171,8 @@ def _most_left_over(tiles: int, columns: int, depth: int) -> int:
 def tables() -> tuple[tuple[Launches, ...], Launches]:
     """Those of dense products, and that of experts."""
     low = (_NARROW, _LOW, _LOW_LONG, _MEDIUM_SHORT, _MEDIUM, _MEDIUM_LONG, _HIGH)
-    return (*low, _WIDE_SHORT, _WIDER_SHORT, _WIDE, _WIDE_LONG, _HUGE, _IN_BANDS), _EXPERTS
+    wide = (_ONE_EACH_SHORT, _ONE_EACH, _WIDE_SHORT, _WIDER_SHORT, _WIDE, _WIDE_LONG, _HUGE)
+    return (*low, *wide, _IN_BANDS), _EXPERTS
 
 
 def _table(columns: int, depth: int) -> Launches:
@@ -175,6 +180,8 @@ def _table(columns: int, depth: int) -> Launches:
     if columns >= _LEAST_HUGE:
         return _HUGE
     if wide:
+        if columns <= _MOST_ONE_EACH and depth < _LEAST_LONG:
+            return _ONE_EACH_SHORT if depth < _LEAST_USUAL else _ONE_EACH
         if depth < _LEAST_USUAL:
             return _WIDE_SHORT if columns < _LEAST_WIDER else _WIDER_SHORT
         return _WIDE if depth < _LEAST_LONG else _WIDE_LONG

@@ -18,11 +18,15 @@ from fp4pass.bench import compiles, host
 from fp4pass.bench.cases import KINDS, Dense, Moe, choose
 from fp4pass.bench.plot import check_plotting, plot
 from fp4pass.bench.table import HEADING, Row, Run, all_right, header, load
-from fp4pass.errors import DeviceError
+from fp4pass.errors import DeviceError, OptionError
 from fp4pass.lowering import arch
 
 TRITON_TOKENS = {"nano.in_proj": (16,), "square": (1024,)}
 """Where Inductor tunes its own Triton for BF16 unless it is asked to do so everywhere: 8 to 25 seconds a row."""
+
+_DEFAULTS = {"shapes": None, "tokens": None, "triton": "some", "json": None, "plot": None, "layers": 52, "from": None}
+_USED = {"host": (), "compile": ("tokens", "layers"), "from": ("from", "plot")}
+_USED_TO_MEASURE = ("shapes", "tokens", "triton", "json", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,17 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--triton",
         choices=("none", "some", "all"),
-        default="some",
+        default=_DEFAULTS["triton"],
         help="where to tune Inductor's own Triton in BF16 too, some seconds a row (%(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratio over tokens; needs matplotlib")
-    parser.add_argument("--layers", type=int, default=52, metavar="N", help="of the model to compile (%(default)s)")
-    parser.add_argument("--from", dest="stored", type=Path, metavar="FILE", help="show a run stored by --json instead")
+    parser.add_argument(
+        "--layers", type=int, default=_DEFAULTS["layers"], metavar="N", help="of the model to compile (%(default)s)"
+    )
+    parser.add_argument("--from", type=Path, metavar="FILE", help="show a run stored by --json instead")
 
 
 def run(given: argparse.Namespace) -> bool:
-    """Measure, or take a stored run; print, store, plot. Whether all results were right."""
+    """Measure, or take a stored run; print, store, plot. Whether all results were right.
+
+    Raises OptionError for arguments that would be passed over.
+    """
+    stored: Path | None = vars(given)["from"]
+    _check_used(given, given.kind or ("from" if stored else None))
     if given.kind == "compile":
         _compile(given.layers, given.tokens or compiles.TOKENS)
         return True
@@ -59,13 +70,25 @@ def run(given: argparse.Namespace) -> bool:
         return True
     if given.plot:
         check_plotting()
-    found = load(given.stored) if given.stored else _measure(given)
-    if given.stored:
+    found = load(stored) if stored else _measure(given)
+    if stored:
         print("\n".join([_heading(found.machine), *map(str, found.rows)]))
     print(f"\nTime of BF16 over time of fp4pass\n\n{found.markdown()}")
     if given.plot:
         plot(found, given.plot)
     return all_right(found.rows)
+
+
+def _check_used(given: argparse.Namespace, kind: str | None) -> None:
+    used = _USED.get(kind, _USED_TO_MEASURE)
+    if over := [name for name, default in _DEFAULTS.items() if name not in used and vars(given)[name] != default]:
+        command = f"bench {'--from FILE' if kind == 'from' else kind or ''}".rstrip()
+        raise OptionError(
+            f"{command} has no use for some of its arguments",
+            seen=", ".join(f"--{name}" for name in over),
+            expected=", ".join(f"--{name}" for name in used) or "none",
+            do="leave them out, or see bench --help",
+        )
 
 
 def gpu() -> torch.device:

@@ -187,6 +187,23 @@ def test_a_layer_compiles_twice_for_all_sizes_also_from_a_warm_cache(nano_model,
         assert compiled.compiles == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "over"),
+    [
+        (["host", "--tokens", "1", "--json", "run.json"], "--tokens, --json"),
+        (["compile", "--plot", "run.png"], "--plot"),
+        (["compile", "--from", "run.json"], "--from"),
+        (["dense", "--layers", "3"], "--layers"),
+        (["moe", "--from", "run.json"], "--from"),
+        (["--from", "run.json", "--shapes", "square"], "--shapes"),
+    ],
+)
+def test_arguments_that_would_be_passed_over_are_refused(given, over, capsys):
+    assert main(["bench", *given]) == ERROR
+    assert "has no use for some of its arguments" in (printed := capsys.readouterr().err)
+    assert f" {over}\n  expected:" in printed
+
+
 def test_calls_of_each_op_are_timed_on_the_host_as_compiled_code_and_as_others_make_them(monkeypatch):
     shapes = []
 

@@ -17,7 +17,7 @@ from fp4pass.lowering.layout import FRAGMENTS
 from .operands import activations, weight
 
 # Weights of every kind that launches are told apart by.
-HEIGHTS, DEPTHS = (16, 768, 3072, 4240, 8192, 65536), (192, 4096, 8192)
+HEIGHTS, DEPTHS = (16, 768, 3072, 4240, 8192, 8464, 65536), (192, 4096, 8192)
 
 
 @pytest.mark.parametrize(("sm", "settings"), [(80, 80), (86, 86), (87, 86), (89, 89), (90, 90)])

@@ -84,7 +84,12 @@ def one_hot(columns, k, dtype):
 
 
 # Their widths and depths choose between the launches; with the deeper one every warp has many steps.
-SHAPES = [*((n, k) for n in (256, 1024, 3072, 4352, 8192) for k in (256, 8448)), (8192, 4352), (65536, 256)]
+SHAPES = [
+    *((n, k) for n in (256, 1024, 3072, 4352, 8192) for k in (256, 8448)),
+    (8192, 4352),
+    (8704, 256),
+    (65536, 256),
+]
 # Before Hopper also how many multiprocessors the GPU has.
 SHAPES += [(21760, 256)]
 ROWS_AT_ONCE = (1, 8, 16, 32, 64, 128, 192, 256)
