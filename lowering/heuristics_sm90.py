@@ -63,21 +63,21 @@ _WIDE_8, _WIDE_16, _WIDE_32, _WIDE_64 = (
     (rows, ManyRows(rows, stages, 2, across=1, split=2)) for rows, stages in ((8, 6), (16, 6), (32, 6), (64, 4))
 )
 _MANY = (384, _MIDDLE)
+_WIDE_ONE, _WIDE_MANY = FewRows(4, 8, 1), ((64, ManyRows(64, 3, 2)), _MANY)
 _WIDE_SHORT = _dense_on_hopper((1, _ONE), (8, FewRows(4, 12, 8, slots=4, high=2)), _WIDE_16, _WIDE_32, _WIDE_64, _MANY)
 _WIDER_SHORT = _dense_on_hopper((1, _ONE), _WIDE_8, _WIDE_16, _WIDE_32, _WIDE_64, _MANY)
-_WIDE = _dense_on_hopper((1, FewRows(4, 8, 1)), _WIDE_8, _WIDE_16, _WIDE_32, (64, ManyRows(64, 3, 2)), _MANY)
+_WIDE = _dense_on_hopper((1, _WIDE_ONE), _WIDE_8, _WIDE_16, _WIDE_32, *_WIDE_MANY)
 _WIDE_LONG = _dense_on_hopper(
     (1, FewRows(8, 8, 8, across=2, slots=4)),
     (8, ManyRows(8, 6, split=2)),
     (16, ManyRows(16, 6, split=2)),
     (32, ManyRows(32, 6, split=2)),
-    (64, ManyRows(64, 3, 2)),
-    _MANY,
+    *_WIDE_MANY,
 )
-# Each program has one tile of 64 rows, or nearly each: nobody adds up, and the next kernel begins beside them.
+# With more than 16 rows of x each program has one tile of 64 rows, or nearly each: nobody adds up, and the next kernel
+# begins beside them.
 _ONE_EACH_SHORT, _ONE_EACH = (
-    _dense_on_hopper((1, one), _WIDE_8, _WIDE_16, (32, _LOW_32), (64, _LOW_64), _MANY)
-    for one in (_ONE, FewRows(4, 8, 1))
+    _dense_on_hopper((1, one), _WIDE_8, _WIDE_16, (32, _LOW_32), (64, _LOW_64), _MANY) for one in (_ONE, _WIDE_ONE)
 )
 _HUGE = _dense_on_hopper(
     (8, ManyRows(8, 6, 2)),
@@ -101,9 +101,9 @@ _EXPERTS = (
 # fill the multiprocessors of an H200 at most once; full ones nearly, by 32 rows a program.
 _LEAST_LOW, _LEAST_FOR_SIX, _LEAST_MEDIUM, _LEAST_FULL, _LEAST_HIGH = 768, 2561, 3072, 3969, 4225
 LEAST_WIDE, _LEAST_WIDER, _LEAST_HUGE = 8192, 10561, 65536
-# A tile of 64 rows for each multiprocessor of an H200.
+# Up to how many a wide one has a tile of 64 for each multiprocessor of an H200.
 _MOST_ONE_EACH = 132 * 64
-# Its columns.
+# From how many columns on it is long and so on.
 _LEAST_USUAL, _LEAST_LONG_OF_LOW, _LEAST_LONG = 4096, 6144, 8192
 # Where half of the last of the largest tiles would be empty, middle ones: two take longer than a largest one, but one
 # of them less than one that is half empty. For 520 and 1,100 rows of x they took 0.76 to 1.02 times as long on an H200.
